@@ -1,0 +1,1 @@
+"""The tiny world: models, pairs and prompts small enough to ship."""

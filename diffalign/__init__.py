@@ -1,0 +1,1 @@
+"""diffalign: align and distil text-to-image diffusion models."""

@@ -1,0 +1,1 @@
+"""Pairs, images, readers, checks and the latent cache."""

@@ -1,0 +1,34 @@
+"""The errors a person sees, each with its exit status (DESIGN 6)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """The input is wrong: exit status 2. The message is one line that says what, where, and how to mend it."""
+
+    exit_status = 2
+
+
+class RunError(Exception):
+    """A failure while running: exit status 1. The message says what was saved and how to go on."""
+
+    exit_status = 1
+
+
+class Interrupted(RunError):
+    """Stopped by a signal after a checkpoint: exit status 130."""
+
+    exit_status = 130
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """A hint ``; did you mean 'x'?`` for the closest of ``options``, or the options themselves when none is close."""
+    known = sorted(options)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")
+    return f"; known: {shown}" if known else ""

@@ -1,0 +1,1 @@
+"""Preference methods, one file each."""

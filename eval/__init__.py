@@ -1,0 +1,1 @@
+"""Scorers, score files, comparisons and the report; imported as diffalign.eval."""

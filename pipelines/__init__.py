@@ -1,0 +1,1 @@
+"""Sampling as diffusers pipelines; imported as diffalign.pipelines."""

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-
 from diffalign.eval.oracle import Oracle, OracleNet
 
 from . import scenes

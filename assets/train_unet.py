@@ -104,9 +104,9 @@ def encode(vae: AutoencoderKL, images: torch.Tensor) -> tuple[torch.Tensor, torc
     return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
 
 
-def train(
-    folder: Path, tokenizer_folder: Path, vae_folder: Path, snapshots: Path | None = None, n: int = STEPS
-) -> None:
+def train(folder: Path, tokenizer_folder: Path, vae_folder: Path, snapshots: Path | None = None) -> None:
+    """Write the whole pipeline; ``snapshots`` receives the averaged weights every 1000 steps."""
+    n = STEPS
     rng, log = start(SEED), Log("unet")
     tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     vae = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)

@@ -56,7 +56,7 @@ class Batch:
 
     ``ids`` and ``visits`` (how often each sample was used before) key every random draw. ``latents`` holds (B, C, h, w)
     in fp32 by name (``chosen``, ``rejected`` or ``image``), ``cond`` by name (``prompt``, ``rejected_prompt``),
-    ``columns`` numbers (B,). ``weight`` (B,) is 0 for padding rows.
+    ``columns`` numbers (B,). ``weight`` (B,) is 0 for padding rows. ``drawn`` holds (t, noise) drawn ahead by the loader.
     """
 
     ids: tuple[str, ...]
@@ -65,6 +65,7 @@ class Batch:
     cond: dict[str, Cond]
     columns: dict[str, Tensor]
     weight: Tensor
+    drawn: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -78,6 +79,10 @@ class Batch:
             {k: v.to(device) for k, v in self.cond.items()},
             {k: v.to(device, non_blocking=True) for k, v in self.columns.items()},
             self.weight.to(device, non_blocking=True),
+            {
+                k: (t.to(device, non_blocking=True), e.to(device, non_blocking=True))
+                for k, (t, e) in self.drawn.items()
+            },
         )
 
     def take(self, index: Sequence[int]) -> Batch:
@@ -90,4 +95,5 @@ class Batch:
             {k: v.take(rows) for k, v in self.cond.items()},
             {k: v[rows] for k, v in self.columns.items()},
             self.weight[rows],
+            {k: (t[rows], e[rows]) for k, (t, e) in self.drawn.items()},
         )

@@ -1,0 +1,96 @@
+"""The pure tools a method is given (DESIGN 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import keyed
+from .data.batch import Batch, Cond
+from .denoiser import Denoiser, guide
+from .roles import Roles
+
+Reward = Callable[[Tensor, Sequence[str]], Tensor]
+
+
+def draw_noise(
+    seed: int, tag: str, phase: str, repeat: int, batch: Batch, shape: Sequence[int], steps: int
+) -> tuple[Tensor, Tensor]:
+    """(t (B,) int64 uniform on 0..steps-1, noise (B, *shape) fp32), a function of the samples' ids and visits alone."""
+    times, noises = [], []
+    for name, visit in zip(batch.ids, batch.visits, strict=True):
+        rng = keyed.generator(seed, tag, visit, phase, repeat, name)
+        times.append(int(rng.integers(steps)))
+        noises.append(rng.standard_normal(tuple(shape), dtype=np.float32))
+    return torch.tensor(times), torch.from_numpy(np.stack(noises))
+
+
+@dataclass
+class Context:
+    """What a method may use. ``phase`` and ``repeat`` are set by the trainer and key the draws; ``stats`` holds the
+    reduced result of ``Method.statistics``."""
+
+    roles: Roles
+    denoiser: Denoiser
+    seed: int
+    device: torch.device
+    uncond: Cond
+    autocast: torch.dtype | None = None
+    rewards: dict[str, Reward] = field(default_factory=dict)
+    phase: str = "main"
+    repeat: int = 0
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+    def casting(self) -> AbstractContextManager[object]:
+        """Autocast as the run's precision asks."""
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.autocast)
+
+    def model(self, role: str, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0) -> Tensor:
+        """The network's own prediction (B, C, h, w) in fp32.
+
+        ``guidance`` follows diffusers: uncond + w (cond - uncond); 1 is conditional only, in one call of B, otherwise
+        one call of 2B."""
+        with self.casting():
+            if guidance == 1.0:
+                return self.roles(role, x_t, t, cond).float()
+            both = Cond.cat([self.uncond.expand(len(x_t)), cond])
+            uncond, conditional = self.roles(role, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
+        return guide(conditional, uncond, guidance)
+
+    def error(self, role: str, x_t: Tensor, t: Tensor, cond: Cond, target: Tensor, guidance: float = 1.0) -> Tensor:
+        """Mean over C, h, w of the squared error of a role's prediction, one number a sample (B,), in fp32."""
+        return (self.model(role, x_t, t, cond, guidance) - target.float()).square().mean((1, 2, 3))
+
+    def draw(self, batch: Batch, tag: str = "noise") -> tuple[Tensor, Tensor]:
+        """(t, noise) of each sample: t (B,) uniform over the schedule, noise (B, C, h, w) of the latents' shape."""
+        key = draw_key(tag, self.phase, self.repeat)
+        if key in batch.drawn:
+            return batch.drawn[key]
+        shape = next(iter(batch.latents.values())).shape[1:]
+        t, noise = draw_noise(self.seed, tag, self.phase, self.repeat, batch, shape, self.denoiser.num_timesteps)
+        return t.to(self.device, non_blocking=True), noise.to(self.device, non_blocking=True)
+
+    def rng(self, tag: str, ids: Sequence[str]) -> list[np.random.Generator]:
+        """One generator a sample for any other draw."""
+        return [keyed.generator(self.seed, tag, self.phase, self.repeat, name) for name in ids]
+
+    def features(self, role: str, x_t: Tensor, t: Tensor, cond: Cond, layer: str = "mid_block") -> Tensor:
+        """Output of a sub-module of the U-Net (by its dotted name) during a role's forward, in fp32."""
+        with self.casting():
+            return self.roles.features(role, x_t, t, cond, layer).float()
+
+    def reward(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores (B,) of images (B, 3, H, W) in [0, 1] by a scorer of the eval suite; differentiable."""
+        return self.rewards[name](images, prompts)
+
+
+def draw_key(tag: str, phase: str, repeat: int) -> str:
+    """Where a loader leaves a (t, noise) pair drawn ahead of time."""
+    return f"{tag}/{phase}/{repeat}"

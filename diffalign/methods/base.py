@@ -1,0 +1,135 @@
+"""The contract of a method (DESIGN 2): tensors in, losses out; no optimiser, loader, logger or global RNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..context import Context
+    from ..data.batch import Batch
+    from ..families.base import Model
+
+Stats = dict[str, Tensor]
+Columns = dict[str, Tensor]
+
+
+class MethodConfig(BaseModel):
+    """Settings of a method; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method comes from, what of it stands here, and what differs from the authors' code."""
+
+    title: str
+    arxiv: str
+    implements: str
+    differs: str = ""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a method asks of its batches: the kind of row, cached columns, and the tags of its (t, noise) draws.
+
+    ``reference`` is False when the base is never called, so that full fine-tuning need not hold it."""
+
+    batch: Literal["pair", "image", "ranked", "rated", "prompt"] = "pair"
+    columns: tuple[str, ...] = ()
+    draws: tuple[str, ...] = ("noise",)
+    reward: bool = False
+    reference: bool = True
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One kind of optimiser step inside a training step.
+
+    Args:
+        name: shows in logs and keys the random draws.
+        trains: roles that receive gradients; the trainer freezes all others.
+        repeats: how often the phase runs in a step: a number, or the name of a field of the method's Config.
+        batch: ``fresh`` takes new samples each repeat, ``reuse`` takes those of the phase before.
+    """
+
+    name: str
+    trains: tuple[str, ...]
+    repeats: int | str = 1
+    batch: Literal["fresh", "reuse"] = "fresh"
+
+
+@dataclass
+class Loss:
+    """One value and one weight a sample, (B,) each.
+
+    The trainer divides by the weight sum of the whole step (all micro-batches, all processes). Weights carry no
+    gradient. ``metrics`` are (B,) (averaged with the weights) or scalars (averaged over samples)."""
+
+    values: Tensor
+    weights: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+class Method(Generic[C]):
+    """Base of every method. A subclass sets ``Config``, ``paper``, ``needs``, ``roles``, ``phases`` and ``loss``."""
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    paper: ClassVar[Paper]
+    needs: ClassVar[Needs] = Needs()
+    roles: ClassVar[tuple[str, ...]] = ("student",)
+    phases: ClassVar[tuple[Phase, ...]] = (Phase("main", ("student",)),)
+    couples: ClassVar[Literal["none", "group", "batch"]] = "none"
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    def repeats(self, phase: Phase) -> int:
+        """How often ``phase`` runs in one step."""
+        return int(getattr(self.config, phase.repeats)) if isinstance(phase.repeats, str) else phase.repeats
+
+    def build(self, family: Model) -> dict[str, nn.Module]:
+        """Trained roles that are not adapters of the U-Net: heads, soft tokens, user embeddings."""
+        return {}
+
+    def statistics(self, ctx: Context, batch: Batch) -> Stats:
+        """Sums over the batch that the trainer reduces over micro-batches and processes before ``loss`` is called
+        (then ``ctx.stats``). Runs without gradients."""
+        return {}
+
+    def loss(self, ctx: Context, batch: Batch, phase: Phase) -> Loss:
+        """The loss of one micro-batch in ``phase``."""
+        raise TypeError(f"{type(self).__name__} defines no loss")
+
+    def collect(self, ctx: Context, prompts: Batch) -> Batch:
+        """Online methods: rollouts for a batch of prompts, without gradients."""
+        raise TypeError(f"{type(self).__name__} collects no rollouts")
+
+    def prepare(self, ctx: Context, rows: Batch) -> Columns:
+        """Extra columns (B,) that the cache keeps; runs once, without gradients."""
+        return {}
+
+
+def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
+    """sum(w v) / sum(w), a scalar; 0 where all weights are 0."""
+    return (values * weights).sum() / weights.sum().clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def metric_sums(loss: Loss) -> Mapping[str, tuple[Tensor, Tensor]]:
+    """(weighted sum, weight sum) of the loss and of each metric, detached: what micro-batches and processes add up."""
+    weights = loss.weights.detach().float()
+    total = weights.sum()
+    sums = {"loss": ((loss.values.detach().float() * weights).sum(), total)}
+    for name, value in loss.metrics.items():
+        value = value.detach().float()
+        sums[name] = ((value * weights).sum(), total) if value.ndim else (value * total, total)
+    return sums

@@ -1,0 +1,142 @@
+"""PairMethod: what every method on (chosen, rejected) pairs shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from ..data.batch import Cond
+from .base import Loss, Method, MethodConfig, Phase
+
+if TYPE_CHECKING:
+    from ..context import Context
+    from ..data.batch import Batch
+
+
+class PairConfig(MethodConfig):
+    """Settings that every pair method has."""
+
+    error_space: Literal["network", "epsilon"] = Field(
+        "network", description="where errors are measured: the network's own prediction, or rescaled to noise error"
+    )
+    safeguard: float | None = Field(
+        None, ge=0, le=1, description="mu of Diffusion-SDPO: scales the loser's gradient so the winner's error holds"
+    )
+    safeguard_scope: Literal["pair", "batch"] = Field(
+        "pair", description="one factor a pair, or one a micro-batch as the authors of Diffusion-SDPO do"
+    )
+
+
+P = TypeVar("P", bound=PairConfig)
+
+
+@dataclass
+class Noised:
+    """Stacked noisy latents of B pairs: rows [0:B] chosen, [B:2B] rejected."""
+
+    x_t: Tensor
+    t: Tensor
+    target: Tensor
+    cond: Cond
+
+
+@dataclass
+class PairErrors:
+    """Per-sample errors (B,) in fp32; the base's are None for methods without a reference."""
+
+    chosen: Tensor
+    rejected: Tensor
+    base_chosen: Tensor | None
+    base_rejected: Tensor | None
+
+    def delta(self) -> Tensor:
+        """(m_w - m_l) - (r_w - r_l), or m_w - m_l without a reference."""
+        delta = self.chosen - self.rejected
+        if self.base_chosen is None or self.base_rejected is None:
+            return delta
+        return delta - (self.base_chosen - self.base_rejected)
+
+
+def loser_scale(chosen: Tensor, rejected: Tensor, mu: float, scope: str = "pair") -> Tensor:
+    """Diffusion-SDPO's factor on the gradient of the loser's error.
+
+    With the output-space residuals g_w, g_l (B, C, h, w): clip((1 - mu) |g_w|^2 / (g_w . g_l), 0, 1) where
+    g_w . g_l > 0, else 1. The first-order change of the winner's error is then never upwards. Returns (B,);
+    ``scope="batch"`` is the authors' single factor for the whole batch.
+    """
+    g_w, g_l = chosen.detach().float().flatten(1), rejected.detach().float().flatten(1)
+    norm, dot = g_w.square().sum(1), (g_w * g_l).sum(1)
+    if scope == "batch":
+        norm, dot = norm.sum().expand_as(norm), dot.sum().expand_as(dot)
+    safe = torch.where(dot > 0, dot, torch.ones_like(dot))
+    return torch.where(dot > 0, ((1 - mu) * norm / safe).clamp(0, 1), torch.ones_like(dot))
+
+
+class PairMethod(Method[P], Generic[P]):
+    """One student call of 2B and one base call of 2B a batch (none where ``needs.reference`` is False).
+
+    Hooks: ``noise`` (what the networks see and regress on), ``weight`` (per pair), ``objective``.
+    """
+
+    def noise(self, ctx: Context, batch: Batch) -> Noised:
+        """Forward noising with one (t, noise) a pair, shared by both members."""
+        t, noise = ctx.draw(batch)
+        x0 = torch.cat([batch.latents["chosen"], batch.latents["rejected"]])
+        t, noise = t.repeat(2), noise.repeat(2, 1, 1, 1)
+        prompt = batch.cond["prompt"]
+        cond = Cond.cat([prompt, batch.cond.get("rejected_prompt", prompt)])
+        denoiser = ctx.denoiser
+        return Noised(denoiser.add_noise(x0, noise, t), t, denoiser.target(x0, noise, t), cond)
+
+    def weight(self, ctx: Context, batch: Batch) -> Tensor:
+        """Weight of each pair (B,)."""
+        return batch.weight
+
+    def objective(self, errors: PairErrors) -> tuple[Tensor, Tensor]:
+        """(loss (B,), implicit preference logit (B,))."""
+        raise TypeError(f"{type(self).__name__} defines no objective")
+
+    def errors(self, ctx: Context, noised: Noised) -> PairErrors:
+        """Student's (with gradient) and base's errors, measured where ``error_space`` says."""
+        scale = self._scale(ctx, noised)
+        residual = ctx.model("student", noised.x_t, noised.t, noised.cond) - noised.target.float()
+        chosen, rejected = (residual.square().mean((1, 2, 3)) * scale).chunk(2)
+        if self.config.safeguard is not None:
+            factor = loser_scale(*residual.chunk(2), self.config.safeguard, self.config.safeguard_scope)
+            rejected = factor * rejected + (1 - factor) * rejected.detach()
+        if not self.needs.reference:
+            return PairErrors(chosen, rejected, None, None)
+        with torch.no_grad():
+            base = ctx.error("base", noised.x_t, noised.t, noised.cond, noised.target) * scale
+        return PairErrors(chosen, rejected, *base.chunk(2))
+
+    def _scale(self, ctx: Context, noised: Noised) -> Tensor:
+        """Factor (2B,) from the network's error to the noise error (offline sheet 0.12)."""
+        kind = ctx.denoiser.prediction
+        if self.config.error_space == "network" or kind == "epsilon":
+            return torch.ones((), device=noised.x_t.device)
+        alpha = ctx.denoiser.alpha(noised.t).flatten().square()
+        return alpha / ctx.denoiser.sigma(noised.t).flatten().square() if kind == "sample" else alpha
+
+    def loss(self, ctx: Context, batch: Batch, phase: Phase) -> Loss:
+        """Values and curves of one micro-batch."""
+        errors = self.errors(ctx, self.noise(ctx, batch))
+        values, logits = self.objective(errors)
+        logits = logits.detach()
+        metrics = {
+            "chosen_error": errors.chosen,
+            "rejected_error": errors.rejected,
+            "margin": -errors.delta(),
+            "accuracy": (logits > 0).float() + 0.5 * (logits == 0).float(),
+            "logit": logits,
+            "logit_abs": logits.abs(),
+            "saturated": (logits.abs() > 5).float(),
+        }
+        if errors.base_chosen is not None and errors.base_rejected is not None:
+            metrics["chosen_gain"] = errors.base_chosen - errors.chosen
+            metrics["rejected_gain"] = errors.rejected - errors.base_rejected
+        return Loss(values, self.weight(ctx, batch), metrics)

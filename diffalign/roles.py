@@ -1,0 +1,230 @@
+"""Who there is: one frozen base with named LoRA adapters, or full copies (DESIGN 4).
+
+Three traps are closed here, once for every method: switching adapters walks a kept list of layers instead of the module
+tree; switching never touches ``requires_grad`` (the phase decides who trains); gradient checkpointing recomputes each
+call under the role that made it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .data.batch import Cond
+
+BASE = "base"
+Forward = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
+
+
+class Roles:
+    """The networks of a run by role name.
+
+    Args:
+        unet: the frozen base. With ``copies`` and ``reference=False`` it is trained in place.
+        forward: one forward of a U-Net, ``forward(unet, x_t, t, cond) -> prediction``.
+        trained: names of the roles that are versions of the U-Net.
+        lora: adapter settings; None means full copies.
+        modules: trained roles that are modules of their own (heads, tokens).
+        checkpointing: recompute activations in the backward pass.
+        reference: False when ``base`` is never called.
+        seed: keys the adapters' initial values.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        forward: Forward,
+        trained: Sequence[str] = ("student",),
+        lora: LoraConfig | None = None,
+        modules: Mapping[str, nn.Module] | None = None,
+        checkpointing: bool = False,
+        reference: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.unet = unet.requires_grad_(False).eval()
+        self.forward = forward
+        self.lora = lora
+        self.modules = dict(modules or {})
+        self.trained = tuple(trained)
+        self.layers: list[BaseTunerLayer] = []
+        self.networks: dict[str, nn.Module] = {BASE: unet}
+        self.current = BASE
+        self._parameters: dict[str, dict[str, nn.Parameter]] = {}
+        if lora is not None:
+            self._add_adapters(seed)
+        else:
+            self._copy(reference)
+        for name, module in self.modules.items():
+            self._parameters[name] = dict(module.float().named_parameters())
+        for role in self.names:
+            for parameter in self._parameters[role].values():
+                parameter.requires_grad_(False)
+        if checkpointing:
+            for network in {id(n): n for n in self.networks.values()}.values():
+                network.enable_gradient_checkpointing(self._checkpoint)  # type: ignore[operator]
+        self._dropouts = [m for m in self.unet.modules() if isinstance(m, nn.Dropout) and "lora" in type(m).__module__]
+
+    def _add_adapters(self, seed: int) -> None:
+        assert self.lora is not None
+        with torch.random.fork_rng(devices=[]):
+            for index, role in enumerate(self.trained):
+                torch.manual_seed((seed * 1000003 + index) & 0xFFFFFFFF)
+                self.unet.add_adapter(copy.deepcopy(self.lora), adapter_name=role)  # type: ignore[operator]
+        self.layers = [m for m in self.unet.modules() if isinstance(m, BaseTunerLayer)]
+        for role in self.trained:
+            mark = f".{role}."
+            self._parameters[role] = {n: p for n, p in self.unet.named_parameters() if "lora_" in n and mark in n}
+            for parameter in self._parameters[role].values():
+                parameter.data = parameter.data.float()
+            self.networks[role] = self.unet
+        if self.trained:
+            self.current = self.trained[-1]
+            self.activate(BASE)
+
+    def _copy(self, reference: bool) -> None:
+        for index, role in enumerate(self.trained):
+            in_place = not reference and index == 0
+            network = self.unet if in_place else copy.deepcopy(self.unet)
+            self.networks[role] = network.float()
+            self._parameters[role] = dict(network.named_parameters())
+        if not reference:
+            del self.networks[BASE]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every role that has parameters to train."""
+        return (*self.trained, *self.modules)
+
+    def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
+        """Trainable tensors of a role by name."""
+        return self._parameters[role]
+
+    def parameters(self, role: str) -> list[nn.Parameter]:
+        """Trainable tensors of a role, as a list (never an iterator that clipping would exhaust)."""
+        return list(self._parameters[role].values())
+
+    def train_only(self, roles: Sequence[str]) -> None:
+        """Exactly these roles receive gradients from now on."""
+        for name, parameters in self._parameters.items():
+            for parameter in parameters.values():
+                parameter.requires_grad_(name in roles)
+
+    def activate(self, role: str) -> None:
+        """Switch the adapters of the shared network; a no-op for copies. Costs one pass over the kept layers."""
+        if role == self.current or self.lora is None:
+            self.current = role
+            return
+        off = role == BASE
+        for layer in self.layers:
+            layer._disable_adapters = off
+            if not off:
+                layer._active_adapter = [role]
+        self.current = role
+
+    @contextmanager
+    def active(self, role: str) -> Iterator[None]:
+        """A role active for a while: for recomputation, sampling and saving."""
+        before = self.current
+        self.activate(role)
+        try:
+            yield
+        finally:
+            self.activate(before)
+
+    def _checkpoint(self, module: nn.Module, *args: Any) -> Any:
+        role = self.current  # the role of this call, not of the backward pass
+
+        def contexts() -> tuple[Any, Any]:
+            return nullcontext(), self.active(role)
+
+        return torch.utils.checkpoint.checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
+
+    def __call__(self, role: str, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """The network's own prediction (B, C, h, w) for noisy latents at times t (B,).
+
+        A graph is built only where a trained role or a given tensor asks for one."""
+        self.activate(role)
+        if role not in self.networks:
+            raise KeyError(f"there is no network '{role}'; this run has {', '.join(self.networks)}")
+        return self.forward(self.networks[role], x_t, t, cond)
+
+    def features(self, role: str, x_t: Tensor, t: Tensor, cond: Cond, layer: str) -> Tensor:
+        """Output of the sub-module ``layer`` during a role's forward, taken by a hook."""
+        found: list[Tensor] = []
+        handle = (
+            self.networks[role]
+            .get_submodule(layer)
+            .register_forward_hook(
+                lambda module, args, output: found.append(output[0] if isinstance(output, tuple) else output)
+            )
+        )
+        try:
+            self(role, x_t, t, cond)
+        finally:
+            handle.remove()
+        return found[0]
+
+    def dropout(self, on: bool) -> None:
+        """Adapter dropout on for a trained call, off elsewhere."""
+        for module in self._dropouts:
+            module.train(on)
+
+    def state_dict(self, role: str) -> dict[str, Tensor]:
+        """Trainable tensors of a role, detached."""
+        return {name: parameter.detach() for name, parameter in self._parameters[role].items()}
+
+    def load_state_dict(self, role: str, state: Mapping[str, Tensor]) -> None:
+        """Copy tensors back; names must match exactly."""
+        own = self._parameters[role]
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())[:3]
+            raise ValueError(f"role '{role}' does not fit: {len(own)} tensors here, {len(state)} given, such as {odd}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+
+class Ema:
+    """Averages of a role's trainable tensors in fp32; warm-up as in k-diffusion: min(decay, (1 + n) / (10 + n))."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
+        self.parameters = list(parameters)
+        self.decay = decay
+        self.updates = 0
+        self.shadow = [p.detach().clone().float() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step of the average."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.shadow, [p.detach().float() for p in self.parameters], 1 - decay)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The averages in place of the live weights for a while."""
+        live = [p.detach().clone() for p in self.parameters]
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.shadow)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.parameters, live)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Count and tensors."""
+        return {"updates": self.updates, "shadow": self.shadow}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Back from ``state_dict``."""
+        self.updates = int(state["updates"])
+        torch._foreach_copy_(self.shadow, list(state["shadow"]))

@@ -1,0 +1,200 @@
+"""What every scorer shares: where its weights come from, what names them, and how pictures and prompts go in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from typing_extensions import Self
+
+from ...errors import UserError
+from ..preprocess import decode
+
+CODE_VERSION = "1"  # raise it when a change of this package changes a score
+ASSET = "asset:"
+HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.txt"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+Picture = Image.Image | np.ndarray | torch.Tensor
+Pictures = Picture | Sequence[Picture]
+
+
+@dataclass
+class Scored:
+    """Scores of N (image, prompt) pairs: fp32 (N,) on the CPU, and named parts of the same shape."""
+
+    values: torch.Tensor
+    parts: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Scorer(ABC):
+    """Scores (image, prompt) pairs. Build one with ``from_pretrained``; call it with pictures and prompts."""
+
+    name: str
+    path: str
+    preprocess_id: str
+    fingerprint: dict[str, str]
+
+    @classmethod
+    @abstractmethod
+    def from_pretrained(
+        cls, path: str | Path | None = None, device: str = "auto", dtype: str = "auto", name: str | None = None
+    ) -> Self:
+        """Load the weights: a folder, a hub id, or None for those that the name stands for."""
+
+    @abstractmethod
+    def prepare(self, image: Image.Image) -> np.ndarray:
+        """An RGB picture as the uint8 array that :meth:`score_prepared` takes. Thread-safe."""
+
+    @abstractmethod
+    def score_prepared(self, prepared: Sequence[np.ndarray], prompts: Sequence[str]) -> Scored:
+        """Scores of prepared pictures; no gradients. One batch: the caller decides its size."""
+
+    def reward(self, images: torch.Tensor, prompts: str | Sequence[str]) -> torch.Tensor:
+        """Differentiable scores: float (N, 3, H, W) in [0, 1] -> fp32 (N,) on the images' device.
+
+        Pixels are resized in torch (antialiased bicubic), an approximation of the exact path of ``__call__``."""
+        raise UserError(f"scorer '{self.name}' gives no gradients; use a CLIP or PickScore scorer as a reward")
+
+    def truncated(self, prompts: Sequence[str]) -> list[bool]:
+        """Which prompts lose tokens. False for scorers that read no text."""
+        return [False] * len(prompts)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:  # noqa: B027 - a hook
+        """Raise UserError for prompts that this scorer cannot judge."""
+
+    def plan_texts(self, prompts: Sequence[str]) -> None:  # noqa: B027 - a hook
+        """Tell the scorer which prompts a run will ask for, so that batches of text are the same after a resume."""
+
+    @torch.no_grad()
+    def __call__(self, images: Pictures, prompts: str | Sequence[str], batch: int = 32) -> torch.Tensor:
+        """Scores fp32 (N,) on the CPU.
+
+        Args:
+            images: one or many PIL images, uint8 arrays (H, W, 3), or tensors (3, H, W) or (N, 3, H, W), float in
+                [0, 1] or uint8. Floats are rounded to 256 levels, so that a tensor scores like the file saved from it.
+            prompts: one text for all, or one an image.
+        """
+        pictures = to_pictures(images)
+        texts = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts)
+        if len(texts) != len(pictures):
+            raise UserError(
+                f"{len(pictures)} images but {len(texts)} prompts; give one prompt an image, or one for all"
+            )
+        self.check_prompts(texts)
+        values = [
+            self.score_prepared([self.prepare(p) for p in pictures[i : i + batch]], texts[i : i + batch]).values
+            for i in range(0, len(pictures), batch)
+        ]
+        return torch.cat(values) if values else torch.zeros(0)
+
+    @property
+    def fingerprint_id(self) -> str:
+        """16 hex digits over :attr:`fingerprint`; rows carry it."""
+        return fingerprint_id(self.fingerprint)
+
+
+def fingerprint_id(fingerprint: dict[str, str]) -> str:
+    """A short hash of a fingerprint."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def to_pictures(images: Pictures) -> list[Image.Image]:
+    """Anything ``Scorer.__call__`` takes as a list of RGB pictures. Raises UserError for other shapes and types."""
+    if isinstance(images, Image.Image):
+        return [decode(images).image]
+    if isinstance(images, torch.Tensor | np.ndarray):
+        if images.ndim == 3:
+            return [_to_picture(images)]
+        if images.ndim == 4:
+            return [_to_picture(image) for image in images]
+        raise UserError(
+            f"images of shape {tuple(images.shape)}; give (H, W, 3) arrays or (3, H, W) tensors, one or many"
+        )
+    return [decode(i).image if isinstance(i, Image.Image) else _to_picture(i) for i in images]
+
+
+def _to_picture(image: np.ndarray | torch.Tensor) -> Image.Image:
+    if isinstance(image, torch.Tensor):
+        pixels = image.detach().cpu()
+        if pixels.is_floating_point():
+            pixels = (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
+        image = pixels.permute(1, 2, 0).numpy() if pixels.ndim == 3 and pixels.shape[0] == 3 else pixels.numpy()
+    elif np.issubdtype(image.dtype, np.floating):
+        image = (image.clip(0, 1) * 255).round().astype(np.uint8)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+        raise UserError(
+            f"an image of type {image.dtype} and shape {image.shape}; give uint8 (H, W, 3) or float in [0, 1]"
+        )
+    return Image.fromarray(np.ascontiguousarray(image))
+
+
+def resolve_device(device: str) -> torch.device:
+    """auto -> cuda, mps or cpu. Raises UserError for a device that is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device.partition(":")[0]
+    if kind not in {"cpu", "cuda", "mps"}:
+        raise UserError(f"unknown device '{device}'; choose auto, cuda, mps or cpu")
+    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"device '{device}' is asked for, but this torch sees none; use --device cpu or auto")
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> tuple[str, torch.dtype]:
+    """auto -> fp16 on CUDA (closer to fp32 than bf16 for CLIP), fp32 elsewhere."""
+    if dtype == "auto":
+        dtype = "fp16" if device.type == "cuda" else "fp32"
+    if dtype not in DTYPES:
+        raise UserError(f"unknown dtype '{dtype}'; choose auto, {', '.join(DTYPES)}")
+    return dtype, DTYPES[dtype]
+
+
+def resolve_weights(path: str | Path, name: str) -> Path:
+    """A local folder for ``asset:NAME``, a folder or a hub id.
+
+    Raises UserError when it is not there and cannot be fetched."""
+    text = str(path)
+    if text.startswith(ASSET):
+        folder = Path(str(resources.files("diffalign.assets") / text.removeprefix(ASSET)))
+        if not (folder / "config.json").is_file():
+            raise UserError(f"weights of scorer '{name}' are not at {folder}; build them with `make assets`")
+        return folder
+    folder = Path(text).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"folder '{path}' for scorer '{name}' holds no config.json; give a model folder")
+        return folder
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise UserError(f"weights '{path}' for scorer '{name}' do not exist; give a model folder or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=HUB_FILES))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"weights '{text}' for scorer '{name}' are neither a folder nor to be had from the hub "
+            f"({type(error).__name__}); download them and say {name}=FOLDER"
+        ) from error
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 over the files that decide a score: names and bytes of configs, tokenizer and the weights that load."""
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    names = ["config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json", "merges.txt"]
+    digest = hashlib.sha256()
+    for file in [folder / n for n in names if (folder / n).is_file()] + weights:
+        digest.update(f"{file.name}\n".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,261 @@
+"""A loaded base model and what every family does alike; a family overrides what differs (DESIGN 4)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from ..data.batch import Cond
+from ..errors import UserError
+from ..recipe import LoraFile
+from .folder import ModelFolder
+from .lora import fuse_loras
+from .schedulers import make_scheduler
+from .targets import lora_targets
+
+if TYPE_CHECKING:
+    from ..denoiser import Denoiser
+
+
+class Model:
+    """A frozen base: U-Net in ``dtype``, VAE and text encoder in fp32, all on ``device``, in eval mode.
+
+    VAE and text encoder stay fp32 because their outputs are cached once and used thousands of times.
+    """
+
+    family: ClassVar[str]
+    pipeline_class: ClassVar[type[DiffusionPipeline]]
+
+    def __init__(
+        self,
+        folder: ModelFolder,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.folder = folder
+        self.source = folder.source
+        self.unet = unet
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.scheduler_config: dict[str, Any] = dict(folder.scheduler)
+        self.device = device
+        self.dtype = dtype
+        self.fused: list[str] = []  # hash and scale of each LoRA fused into this base
+        self._uncond: Cond | None = None
+        for module in (unet, vae, text_encoder):
+            module.requires_grad_(False).eval()
+
+    @classmethod
+    def load(cls, folder: ModelFolder, unet_dtype: torch.dtype, device: torch.device, dtype: torch.dtype) -> Model:
+        """The networks of a folder, on the CPU: U-Net in ``unet_dtype``, the others fp32. ``device`` and ``dtype`` are
+        where and what the U-Net will be when the caller has placed it."""
+        raise TypeError(f"{cls.__name__} cannot be loaded")
+
+    # -- text ---------------------------------------------------------------------------------------------------------
+
+    def encode_prompts(self, prompts: Sequence[str], batch: int = 64) -> Cond:
+        """Text conditioning (B, L, D) in fp32 on the device; longer prompts are cut (see `token_overflow`)."""
+        raise TypeError(f"{type(self).__name__} has no text encoding")
+
+    def uncond(self, n: int = 1) -> Cond:
+        """The unconditional branch of guidance for n samples: the empty prompt, as the base pipeline makes it."""
+        if self._uncond is None:
+            self._uncond = self.encode_prompts([""])
+        return self._uncond.expand(n)
+
+    def token_overflow(self, prompts: Sequence[str]) -> list[int]:
+        """Tokens that each prompt loses to the encoder's limit (77 with start and end for CLIP); 0 = it fits."""
+        if not prompts:
+            return []
+        limit = self.tokenizer.model_max_length
+        ids = self.tokenizer(list(prompts), padding=False, truncation=False, verbose=False)["input_ids"]
+        return [max(0, len(row) - limit) for row in ids]
+
+    # -- latents ------------------------------------------------------------------------------------------------------
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along a side (8 for SD1.x)."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def default_resolution(self) -> int:
+        """The side in pixels that the U-Net was trained on (512 for SD1.5)."""
+        return int(self.unet.config.sample_size) * self.factor
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) of the latents; UserError when a side is no positive multiple of `factor`."""
+        for name, side in (("height", height), ("width", width)):
+            if side <= 0 or side % self.factor:
+                raise UserError(f"{name} {side} is not a multiple of {self.factor}, the VAE's factor")
+        return height // self.factor, width // self.factor
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor, batch: int = 8) -> tuple[Tensor, Tensor]:
+        """Pixels (B, 3, H, W) in [-1, 1] -> mean and std (B, C, h, w) of the posterior in scaled latents, fp32.
+
+        The scaled latent z has z = (encoder output - shift) * scaling_factor; a sample is mean + std * normal."""
+        self.latent_size(pixels.shape[-2], pixels.shape[-1])
+        self.ensure_encoders()
+        scale, shift = self._scaling()
+        means, stds = [], []
+        for part in pixels.split(batch):
+            posterior = self.vae.encode(part.to(self.device, torch.float32)).latent_dist
+            means.append((posterior.mean - shift) * scale)
+            stds.append(posterior.std * scale)
+        return torch.cat(means), torch.cat(stds)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, batch: int = 8) -> Tensor:
+        """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) clamped to [-1, 1], fp32."""
+        self.ensure_encoders()
+        scale, shift = self._scaling()
+        parts = [
+            self.vae.decode(part.to(self.device, torch.float32) / scale + shift).sample.clamp(-1, 1)
+            for part in latents.split(batch)
+        ]
+        return torch.cat(parts)
+
+    def _scaling(self) -> tuple[float, float]:
+        config = self.vae.config
+        return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
+
+    # -- the network --------------------------------------------------------------------------------------------------
+
+    def denoiser(self) -> Denoiser:
+        """The noise schedule of the model's own scheduler."""
+        from ..denoiser import Denoiser
+
+        return Denoiser.from_config(self.scheduler_config)
+
+    def call_unet(self, unet: UNet2DConditionModel, x_t: Tensor, t: Tensor | int, cond: Cond) -> Tensor:
+        """One forward of ``unet`` (this model's, or a copy of it): (B, C, h, w) in its own prediction, at least fp32.
+
+        ``x_t`` and the conditioning are cast to the U-Net's weights; ``t`` is (B,) int64 or one int for all."""
+        dtype = unet.conv_in.weight.dtype
+        text = cond.to(dtype=dtype)
+        output = unet(x_t.to(dtype), t, encoder_hidden_states=text.embeds, **self._extra(text)).sample
+        return output.to(torch.promote_types(output.dtype, torch.float32))
+
+    def _extra(self, cond: Cond) -> dict[str, dict[str, Tensor]]:
+        """Keyword arguments of the U-Net beyond the text."""
+        return {"added_cond_kwargs": cond.added} if cond.added else {}
+
+    def lora_targets(self, preset: str | Sequence[str]) -> list[str]:
+        """Exact names of the layers that carry adapters (see `families.targets.lora_targets`)."""
+        return lora_targets(self.unet, preset)
+
+    def fuse_loras(self, files: Sequence[LoraFile]) -> None:
+        """Adds existing LoRAs to the base weights (U-Net and text encoder), in the given order.
+
+        Raises UserError when a file is absent, damaged or made for another model."""
+        if not files:
+            return
+        self.fused += fuse_loras(self.assemble(unet=self.unet, **self.parts()), files)
+        self._uncond = None
+        for module in (self.unet, *self.encoders()):
+            module.requires_grad_(False)
+
+    # -- housekeeping -------------------------------------------------------------------------------------------------
+
+    def encoders(self) -> tuple[nn.Module, ...]:
+        """What is needed to encode and decode only."""
+        return (self.vae, self.text_encoder)
+
+    def release_encoders(self) -> None:
+        """VAE and text encoder leave the device (to the CPU) and its memory is given back."""
+        for module in self.encoders():
+            module.to("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def ensure_encoders(self) -> None:
+        """VAE and text encoder are on the device; encoding and decoding call this themselves."""
+        for module in self.encoders():
+            if next(module.parameters()).device.type != self.device.type:
+                module.to(self.device)
+
+    def fingerprint(self, *components: str) -> dict[str, str]:
+        """sha256 by component (default: unet, vae, text_encoder, tokenizer and their like), computed once.
+
+        Fused LoRAs count: they are named under ``loras``."""
+        names = components or tuple(c for c in self.folder.components() if c in self._weighted())
+        hashes = {name: self.folder.fingerprint(name) for name in names}
+        if self.fused:
+            hashes["loras"] = " ".join(self.fused)
+        return hashes
+
+    def _weighted(self) -> tuple[str, ...]:
+        return ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+    def pipeline(self, scheduler: str | None = None) -> DiffusionPipeline:
+        """A plain diffusers pipeline over the live U-Net, adapters included; no safety checker.
+
+        VAE and text encoder are live when ``dtype`` is fp32, else copies in ``dtype`` (a pipeline has one dtype).
+        ``scheduler``: a short name (see `families.schedulers`), default the model's own."""
+        self.ensure_encoders()
+        return self.assemble(scheduler, unet=self.unet, **{k: self._in_dtype(part) for k, part in self.parts().items()})
+
+    def assemble(self, scheduler: str | None = None, **parts: Any) -> DiffusionPipeline:
+        """A pipeline of this family from the given networks and tokenizers."""
+        made = make_scheduler(scheduler or "default", self.scheduler_config)
+        return self.pipeline_class(scheduler=made, **parts, **self._pipeline_options())
+
+    def parts(self) -> dict[str, Any]:
+        """The pipeline's components beside U-Net and scheduler."""
+        return {"vae": self.vae, "text_encoder": self.text_encoder, "tokenizer": self.tokenizer}
+
+    def _pipeline_options(self) -> Mapping[str, Any]:
+        return {}
+
+    def _in_dtype(self, part: Any) -> Any:
+        if not isinstance(part, nn.Module) or next(part.parameters()).dtype == self.dtype:
+            return part
+        return nn.Module.to(copy.deepcopy(part), self.dtype)
+
+
+def load_part(kind: type[Any], folder: ModelFolder, component: str, dtype: torch.dtype) -> Any:
+    """One network of a model folder, on the CPU in ``dtype``, through its own ``from_pretrained``.
+
+    Pickled weights are read only where no safetensors exist; both libraries then load with weights_only.
+
+    Raises UserError when files are missing or damaged, or the weights do not fit the config."""
+    weights = folder.weights(component)
+    bars = is_progress_bar_enabled()
+    disable_progress_bar()
+    try:
+        module, info = kind.from_pretrained(
+            str(folder.path / component),
+            torch_dtype=dtype,
+            variant=weights.variant,
+            use_safetensors=weights.safetensors,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model '{folder.source}': {component} cannot be loaded: {reason}") from error
+    finally:
+        if bars:
+            enable_progress_bar()
+    lost = sorted(info["missing_keys"])
+    if lost or info.get("mismatched_keys"):
+        names = lost or sorted(str(key) for key in info["mismatched_keys"])
+        raise UserError(
+            f"model '{folder.source}': the weights of {component} do not fit its config, {len(names)} "
+            f"tensors are absent or of another shape, such as {names[0]}; download it again"
+        )
+    return module

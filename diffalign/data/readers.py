@@ -1,0 +1,330 @@
+"""Preference pairs and captioned pictures from whatever format they come in.
+
+Pairs: columns ``prompt`` (or ``caption``), ``chosen``, ``rejected`` (or ``chosen_file_name``,
+``rejected_file_name``), optional ``rejected_prompt``, ``chosen_score``, ``rejected_score``, ``tie`` and ``label``
+(1: as written, 0.5: tie, 0: the other way round); or Pick-a-Pic's ``caption``, ``jpg_0``, ``jpg_1``, ``label_0``,
+``label_1``, ``has_label``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import UserError, nearest
+from ..keyed import generator
+from ..recipe import DataRecipe
+from .images import ImageError
+from .rows import BadRow, ImageRef, ImageRow, ImageSet, PairRow, PairSet, Report, digest_of
+from .scan import SAVE_EVERY, Look, Scanner
+from .tables import Table, open_table
+
+Progress = Callable[[int, int], None]
+CHUNK = 256
+IDS = ("id", "ranking_id", "pair_id")
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A row before its pictures were looked at. ``preference`` is for the first picture: 1, 0, or 0.5 for a tie."""
+
+    place: str
+    id: str
+    prompts: tuple[str, str | None]
+    refs: tuple[ImageRef, ...]
+    scores: tuple[float | None, ...]
+    preference: float = 1.0
+
+    def bad(self, reason: str, detail: str = "") -> BadRow:
+        return BadRow(self.place, reason, detail, self.prompts[0], self.refs)
+
+
+class _BadValue(Exception):
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def read_pairs(recipe: DataRecipe, progress: Progress | None = None) -> PairSet:
+    """Every usable pair of ``recipe.path``, winner first, and the account of the others.
+
+    Rows keep references, not pictures; each picture was decoded once and is known to be whole. Ids are the rows' own
+    (``id``, ``ranking_id``, ``pair_id``) where all are there and differ, else a hash of prompt and pictures.
+
+    Policies: ``ties`` skip; random (a coin keyed by the id); keep (as written, marked ``tie=True``). ``duplicates``
+    skip leaves out pairs of two equal pictures (bytes or pixels) and pairs that were there before (same prompt and
+    pictures, whichever was preferred). ``shuffle_labels`` swaps winner and loser by a coin keyed by the id: the control
+    run. ``max_pairs`` stops after that many usable rows. Rows whose data are flawed are left out, or, with ``strict``,
+    refused.
+
+    Raises:
+        UserError: no such data, a column is missing, nothing usable, or a flaw under ``strict``.
+    """
+    table = open_table(recipe.path, recipe.format, recipe.split)
+    columns = _PairColumns.of(table)
+    report = Report(table.label, table.format)
+    seen: set[tuple[str, ...]] = set()
+    rows: list[PairRow] = []
+    taken: dict[str, int] = {}
+    for draft, looks in _walk(table, columns.images, columns.draft, recipe, report, progress):
+        row = _pair(draft, looks, recipe, seen, taken)
+        if isinstance(row, BadRow):
+            report.bad.append(row)
+            continue
+        rows.append(row)
+        report.ties_kept += row.tie
+        if len(rows) == recipe.max_pairs:
+            break
+    _settle(report, len(rows), recipe, "pair")
+    return PairSet(rows, report)
+
+
+def read_images(recipe: DataRecipe, progress: Progress | None = None) -> ImageSet:
+    """Captioned pictures: ``file_name`` (or ``image``), ``prompt`` (or ``caption``, ``text``), optional ``score``.
+
+    The formats, ids and rules for bad rows are those of :func:`read_pairs`; ``max_pairs`` counts pictures.
+
+    Raises:
+        UserError: as :func:`read_pairs`.
+    """
+    table = open_table(recipe.path, recipe.format, recipe.split)
+    prompt = _column(table, ("prompt", "caption", "text"))
+    image = _column(table, ("file_name", "image"))
+    ids = _own_ids(table)
+    report = Report(table.label, table.format)
+
+    def draft(i: int) -> _Draft:
+        own = ids[i] if ids else ""
+        return _Draft(
+            table.place(i),
+            own,
+            (_prompt(table, i, prompt), None),
+            (table.ref(i, image),),
+            (_number(table, i, "score"),),
+        )
+
+    rows: list[ImageRow] = []
+    taken: dict[str, int] = {}
+    for found, (look,) in _walk(table, (image,), draft, recipe, report, progress):
+        content = digest_of(found.prompts[0].encode(), look.digest.encode())[:20]
+        if recipe.duplicates == "skip" and content in taken:
+            report.bad.append(found.bad("duplicate"))
+            continue
+        name = _unique(content, taken)
+        rows.append(ImageRow(found.id or name, found.prompts[0], look.apply(found.refs[0]), found.scores[0]))
+        if len(rows) == recipe.max_pairs:
+            break
+    _settle(report, len(rows), recipe, "picture")
+    return ImageSet(rows, report)
+
+
+def _walk(
+    table: Table,
+    images: tuple[str, ...],
+    draft: Callable[[int], _Draft],
+    recipe: DataRecipe,
+    report: Report,
+    progress: Progress | None,
+) -> Iterator[tuple[_Draft, list[Look]]]:
+    """Drafts with looks at their pictures; what cannot become one goes to the report."""
+    total = len(table)
+    report.available = total + len(table.bad)
+    report.rows = len(table.bad)
+    report.bad += table.bad
+    with Scanner(recipe, table.label, len(images) * min(total, recipe.max_pairs or total)) as scanner:
+        for start in range(0, total, CHUNK):
+            drafts: list[_Draft | BadRow] = []
+            for i in range(start, min(start + CHUNK, total)):
+                try:
+                    drafts.append(draft(i))
+                except (ImageError, _BadValue) as error:
+                    drafts.append(BadRow(table.place(i), error.reason, str(error)))
+            looks = iter(scanner.look([ref for d in drafts if isinstance(d, _Draft) for ref in d.refs]))
+            for d in drafts:
+                report.rows += 1
+                if isinstance(d, BadRow):
+                    report.bad.append(d)
+                    continue
+                mine = [next(looks) for _ in d.refs]
+                wrong = next((look for look in mine if look.error), None)
+                if wrong is not None:
+                    report.bad.append(d.bad(wrong.reason, wrong.error))
+                else:
+                    yield d, mine
+            scanner.save(SAVE_EVERY)
+            if progress is not None:
+                progress(min(start + CHUNK, total), total)
+
+
+def _pair(
+    draft: _Draft, looks: list[Look], recipe: DataRecipe, seen: set[tuple[str, ...]], taken: dict[str, int]
+) -> PairRow | BadRow:
+    first, second = looks
+    tie = draft.preference == 0.5
+    if tie and recipe.ties == "skip":
+        return draft.bad("tie")
+    if recipe.duplicates == "skip":
+        if first.pixels == second.pixels:
+            return draft.bad("identical images", "bytes" if first.digest == second.digest else "pixels")
+        key = (draft.prompts[0], draft.prompts[1] or "", *sorted((first.digest, second.digest)))
+        if key in seen:
+            return draft.bad("duplicate")
+        seen.add(key)
+    a, b = (look.apply(ref) for look, ref in zip(looks, draft.refs, strict=True))
+    prompt, other = draft.prompts
+    row = PairRow("", prompt, a, b, other, draft.scores[0], draft.scores[1], tie)
+    if draft.preference == 0:
+        row = _swapped(row)
+    content = digest_of(row.prompt.encode(), row.chosen.digest.encode(), row.rejected.digest.encode())[:20]
+    row = replace(row, id=draft.id or _unique(content, taken))
+    if tie and recipe.ties == "random":
+        row = replace(_swapped(row) if _coin("tie", row.id) else row, tie=False)
+    return _swapped(row) if recipe.shuffle_labels and _coin("shuffle_labels", row.id) else row
+
+
+def _swapped(row: PairRow) -> PairRow:
+    """Winner and loser exchanged; each picture keeps its score and its own prompt."""
+    prompt, other = (row.prompt, None) if row.rejected_prompt is None else (row.rejected_prompt, row.prompt)
+    return replace(
+        row,
+        prompt=prompt,
+        rejected_prompt=other,
+        chosen=row.rejected,
+        rejected=row.chosen,
+        chosen_score=row.rejected_score,
+        rejected_score=row.chosen_score,
+    )
+
+
+def _coin(purpose: str, key: str) -> bool:
+    return bool(generator(purpose, key).random() < 0.5)
+
+
+def _unique(content: str, taken: dict[str, int]) -> str:
+    """The content's id, with a number from the second time on."""
+    taken[content] = taken.get(content, 0) + 1
+    return content if taken[content] == 1 else f"{content}-{taken[content]}"
+
+
+def _settle(report: Report, usable: int, recipe: DataRecipe, what: str) -> None:
+    """Close the account. Raises UserError for a flaw under ``strict`` and when nothing is left."""
+    report.usable = usable
+    flaws = report.flaws
+    if recipe.strict and flaws:
+        raise UserError(
+            f"data.strict: {len(flaws)} of {report.rows} rows of '{report.source}' are flawed; the first is {flaws[0]}"
+        )
+    if not usable:
+        first = f"; first: {report.bad[0]}" if report.bad else ""
+        raise UserError(f"no usable {what} in '{report.source}': {report.line()}{first}")
+
+
+@dataclass(frozen=True)
+class _PairColumns:
+    """Which columns of a table hold what."""
+
+    table: Table
+    prompt: str
+    images: tuple[str, str]
+    scores: tuple[str, str]
+    pick: bool
+    ids: list[str] | None
+
+    @staticmethod
+    def of(table: Table) -> _PairColumns:
+        """Raises UserError that names the missing column."""
+        prompt = _column(table, ("prompt", "caption"))
+        pick = "jpg_0" in table.columns or "jpg_1" in table.columns
+        if pick:
+            images = _column(table, ("jpg_0",)), _column(table, ("jpg_1",))
+            _column(table, ("label_0",))
+            scores = ("score_0", "score_1") if "score_0" in table.columns else ("ps_score_0", "ps_score_1")
+        else:
+            images = _column(table, ("chosen", "chosen_file_name")), _column(table, ("rejected", "rejected_file_name"))
+            scores = ("chosen_score", "rejected_score")
+        return _PairColumns(table, prompt, images, scores, pick, _own_ids(table))
+
+    def draft(self, i: int) -> _Draft:
+        """Raises ImageError or _BadValue for a row that cannot be read."""
+        table = self.table
+        other = table.value(i, "rejected_prompt")
+        if other is not None and not isinstance(other, str):
+            raise _BadValue("malformed row", "'rejected_prompt' is no text")
+        return _Draft(
+            table.place(i),
+            self.ids[i] if self.ids else "",
+            (_prompt(table, i, self.prompt), other),
+            tuple(table.ref(i, column) for column in self.images),
+            tuple(_number(table, i, column) for column in self.scores),
+            self._picked(i) if self.pick else self._written(i),
+        )
+
+    def _picked(self, i: int) -> float:
+        """Pick-a-Pic: label_0 is 1 when jpg_0 was preferred, 0.5 for a tie; label_1 = 1 - label_0."""
+        label = _number(self.table, i, "label_0", "bad label")
+        if label is None or not _flag(self.table, i, "has_label", True):
+            raise _BadValue("no label", "")
+        other = _number(self.table, i, "label_1", "bad label")
+        if label not in (0.0, 0.5, 1.0) or (other is not None and label + other != 1):
+            raise _BadValue("bad label", f"label_0 {label:g}" + (f", label_1 {other:g}" if other is not None else ""))
+        return label
+
+    def _written(self, i: int) -> float:
+        if _flag(self.table, i, "tie", False):
+            return 0.5
+        label = _number(self.table, i, "label", "bad label")
+        if label not in (None, 0.0, 0.5, 1.0):
+            raise _BadValue("bad label", f"label {label:g} is none of 1, 0.5, 0")
+        return 1.0 if label is None else label
+
+
+def _column(table: Table, names: tuple[str, ...]) -> str:
+    """The first of ``names`` that the table has."""
+    for name in names:
+        if name in table.columns:
+            return name
+    if not table.columns:
+        raise UserError(f"no row in '{table.label}'" + (f"; first: {table.bad[0]}" if table.bad else ""))
+    hint = nearest(names[0], table.columns)
+    hint = hint if hint.startswith("; did") else ""
+    wanted = " or ".join(f"'{name}'" for name in names)
+    raise UserError(f"'{table.label}' has no column {wanted}; it has {', '.join(table.columns)}{hint}")
+
+
+def _own_ids(table: Table) -> list[str] | None:
+    """The rows' own ids, where every row has one and no two are equal."""
+    for name in IDS:
+        values = table.values.get(name)
+        if values and all(value is not None for value in values):
+            ids = [str(value) for value in values]
+            if len(set(ids)) == len(ids):
+                return ids
+    return None
+
+
+def _prompt(table: Table, i: int, column: str) -> str:
+    value = table.value(i, column)
+    if not isinstance(value, str) or not value.strip():
+        raise _BadValue("no prompt", "" if value is None or isinstance(value, str) else f"'{column}' is no text")
+    return value
+
+
+def _number(table: Table, i: int, column: str, reason: str = "malformed row") -> float | None:
+    """A finite number; None where there is none."""
+    value = table.value(i, column)
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise _BadValue(reason, f"'{column}' is no number: {value!r}"[:80]) from error
+    return number if math.isfinite(number) else None
+
+
+def _flag(table: Table, i: int, column: str, missing: bool) -> bool:
+    value: Any = table.value(i, column)
+    if value is None:
+        return missing
+    return value.strip().lower() in ("1", "true", "yes") if isinstance(value, str) else bool(value)

@@ -1,0 +1,214 @@
+"""The rows that every reader ends in, and the account of what was left out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from PIL import Image
+
+from .images import Alpha, load_image, read_file
+
+# Reasons that are flaws of the data; the other reasons are decided by a policy and never make --strict fail.
+FLAWS = ("unreadable image", "missing image", "malformed row", "no prompt", "bad label")
+
+
+def digest_of(*parts: bytes) -> str:
+    """A 128-bit content hash in hex."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def file_stamp(path: Path) -> str:
+    """Path, size and time of change of a file; "" when there is no such file."""
+    try:
+        state = path.stat()
+    except OSError:
+        return ""
+    return f"{path.absolute()}|{state.st_size}|{state.st_mtime_ns}"
+
+
+class ImageTable(Protocol):
+    """A table that hands out one picture at a time. ``stamp`` changes whenever the table behind it does."""
+
+    def image(self, row: int, column: str) -> bytes | Path: ...
+
+    def stamp(self, row: int, column: str) -> str: ...
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A picture inside a table: nothing is read before it is asked for."""
+
+    table: ImageTable
+    row: int
+    column: str
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """Where a picture is: nothing is kept in memory but a few words. ``digest`` and ``size`` (width, height) are known
+    once the picture has been looked at."""
+
+    source: Path | bytes | Cell = field(repr=False)
+    name: str
+    digest: str = ""
+    size: tuple[int, int] | None = None
+
+    def read(self) -> bytes:
+        """The encoded bytes. Raises ImageError when they are missing."""
+        found = (
+            self.source.table.image(self.source.row, self.source.column)
+            if isinstance(self.source, Cell)
+            else self.source
+        )
+        return read_file(found) if isinstance(found, Path) else found
+
+    def load(self, alpha: Alpha = "white") -> Image.Image:
+        """The picture as upright 8-bit RGB. Raises ImageError."""
+        return load_image(self.read(), alpha)
+
+    def stamp(self) -> str:
+        """A name for this very state of the picture (file, size, time), or "" when there is none."""
+        if isinstance(self.source, Cell):
+            return self.source.table.stamp(self.source.row, self.source.column)
+        return file_stamp(self.source) if isinstance(self.source, Path) else ""
+
+    def content_hash(self) -> str:
+        """Hash of the encoded bytes."""
+        return self.digest or digest_of(self.read())
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """One preference: ``chosen`` was liked better than ``rejected`` for ``prompt``.
+
+    ``tie`` marks a pair without a preference that ``data.ties=keep`` left as it was written."""
+
+    id: str
+    prompt: str
+    chosen: ImageRef
+    rejected: ImageRef
+    rejected_prompt: str | None = None
+    chosen_score: float | None = None
+    rejected_score: float | None = None
+    tie: bool = False
+
+    @property
+    def images(self) -> dict[str, ImageRef]:
+        return {"chosen": self.chosen, "rejected": self.rejected}
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        more = {} if self.rejected_prompt is None else {"rejected_prompt": self.rejected_prompt}
+        return {"prompt": self.prompt, **more}
+
+    @property
+    def columns(self) -> dict[str, float | None]:
+        return {"chosen_score": self.chosen_score, "rejected_score": self.rejected_score, "tie": float(self.tie)}
+
+
+@dataclass(frozen=True)
+class ImageRow:
+    """A captioned picture, for fine-tuning without preferences."""
+
+    id: str
+    prompt: str
+    image: ImageRef
+    score: float | None = None
+
+    @property
+    def images(self) -> dict[str, ImageRef]:
+        return {"image": self.image}
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        return {"prompt": self.prompt}
+
+    @property
+    def columns(self) -> dict[str, float | None]:
+        return {"score": self.score}
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that is not used: where it stands, the heading it is counted under, and the detail."""
+
+    place: str
+    reason: str
+    detail: str = ""
+    prompt: str = ""
+    images: tuple[ImageRef, ...] = field(default=(), repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass
+class Report:
+    """What a reader found. ``rows`` were looked at, ``usable`` are handed on."""
+
+    source: str
+    format: str
+    rows: int = 0
+    usable: int = 0
+    ties_kept: int = 0
+    available: int = 0
+    bad: list[BadRow] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many rows were left out, by reason, most frequent first."""
+        return dict(Counter(row.reason for row in self.bad).most_common())
+
+    @property
+    def flaws(self) -> list[BadRow]:
+        """The left-out rows whose data are wrong, apart from those that a policy skips."""
+        return [row for row in self.bad if row.reason in FLAWS]
+
+    def line(self) -> str:
+        """``100 rows, 97 usable; left out: 2 tie, 1 missing image``."""
+        out = ", ".join(f"{n} {reason}" for reason, n in self.counts.items())
+        return f"{self.rows} rows, {self.usable} usable" + (f"; left out: {out}" if out else "")
+
+    def table(self) -> list[tuple[str, int]]:
+        """Name and count, as a person reads them."""
+        head = [("rows", self.rows), ("usable", self.usable)]
+        if self.ties_kept:
+            head.append(("of these ties", self.ties_kept))
+        return head + list(self.counts.items())
+
+    def json(self) -> dict[str, Any]:
+        """Plain data for a file."""
+        return {
+            "source": self.source,
+            "format": self.format,
+            "available": self.available,
+            "rows": self.rows,
+            "usable": self.usable,
+            "ties_kept": self.ties_kept,
+            "left_out": self.counts,
+            "bad": [{"place": b.place, "reason": b.reason, "detail": b.detail} for b in self.bad],
+        }
+
+
+@dataclass
+class PairSet:
+    """Usable pairs and the account of the others."""
+
+    rows: list[PairRow]
+    report: Report
+
+
+@dataclass
+class ImageSet:
+    """Usable captioned pictures and the account of the others."""
+
+    rows: list[ImageRow]
+    report: Report

@@ -56,10 +56,14 @@ class OracleScorer(Scorer):
         return scorer
 
     def prepare(self, image: Image.Image) -> np.ndarray:
-        return np.asarray(image)
+        return np.array(image)
 
     def score_prepared(self, prepared: Sequence[np.ndarray], prompts: Sequence[str]) -> Scored:
-        right = self.oracle.judge([Image.fromarray(pixels) for pixels in prepared], prompts)
+        if len({pixels.shape for pixels in prepared}) == 1:
+            right = self.oracle.judge(np.stack(list(prepared)), prompts)
+        else:
+            singles = [self.oracle.judge(pixels[None], [p]) for pixels, p in zip(prepared, prompts, strict=True)]
+            right = {key: np.concatenate([one[key] for one in singles]) for key in singles[0]}
         parts = {key: torch.from_numpy(value.astype(np.float32)) for key, value in right.items()}
         return Scored(parts.pop("all"), parts)
 

@@ -1,0 +1,190 @@
+"""Score files: one decode for all scorers, resume after a kill, broken images, Parquet, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from diffalign.eval.rows import Meta, meta_path, read_rows, read_score_file
+from diffalign.eval.score import score_images
+from diffalign.eval.scorers import load_scorer
+from eval_tiny import write_samples, write_tiny_clip
+from PIL import Image
+
+from diffalign.errors import UserError
+
+PROMPTS = [f"prompt number {i}" + " and more" * (i % 3) for i in range(10)]
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    return write_samples(tmp_path / "samples", PROMPTS, per_prompt=2)
+
+
+def both(clip: Path) -> list[str]:
+    return [f"clip={clip}", f"pickscore={clip}"]
+
+
+def run(samples: Path, out: Path, scorers: list[str], **options: object) -> object:
+    return score_images(samples, None, scorers, out, batch=3, device="cpu", progress=False, **options)  # type: ignore[arg-type]
+
+
+def test_rows_say_everything(samples: Path, clip: Path, tmp_path: Path) -> None:
+    result = score_images(samples, None, both(clip), tmp_path / "s.jsonl", batch=7, device="cpu", progress=False)
+    file = read_score_file(tmp_path / "s.jsonl")
+    assert len(file.rows) == 40 and result.scored == 40 and result.reused == 0 and not result.errors
+    row = file.rows[0]
+    assert (row.id, row.k, row.scorer, row.category, row.seed) == ("p000", 0, "clip", "even", 0)
+    assert row.image_sha256 and len(row.image_sha256) == 64 and row.error is None
+    scorer = load_scorer("pickscore", str(clip), device="cpu")
+    pictures = [Image.open(samples / r.image) for r in file.rows if r.scorer == "pickscore"]
+    want = scorer(pictures, [r.prompt for r in file.rows if r.scorer == "pickscore"]).tolist()
+    assert [r.value for r in file.rows if r.scorer == "pickscore"] == pytest.approx(want, abs=1e-4)
+    assert file.meta.scorers["pickscore"] == scorer.fingerprint and file.meta.complete
+    assert file.meta.prompts == 10 and file.meta.images == 20 and file.meta.sampling["steps"] == 20
+    assert any("truncated" in r.flags for r in file.rows) == any(scorer.truncated(PROMPTS))
+
+
+def test_one_decode_for_all_scorers(samples: Path, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffalign.eval import preprocess
+
+    decoded: list[int] = []
+    real = preprocess.decode
+    monkeypatch.setattr(preprocess, "decode", lambda data: decoded.append(1) or real(data))
+    run(samples, tmp_path / "s.jsonl", both(clip))
+    assert len(decoded) == 20
+    run(samples, tmp_path / "s.jsonl", both(clip))  # everything is known: nothing is decoded again
+    assert len(decoded) == 20
+
+
+KILLED = """
+import sys, time
+from diffalign.eval import score
+real = score._score_chunk
+def slow(*args):
+    time.sleep(0.15)
+    return real(*args)
+score._score_chunk = slow
+score.score_images(sys.argv[1], None, sys.argv[3:], sys.argv[2], batch=3, device="cpu", progress=False)
+"""
+
+
+@pytest.mark.parametrize("name", ["s.jsonl", "s.parquet"])
+def test_killed_and_resumed_is_equal(samples: Path, clip: Path, tmp_path: Path, name: str) -> None:
+    whole, torn = tmp_path / "whole" / name, tmp_path / "torn" / name
+    run(samples, whole, both(clip))
+    log = torn if torn.suffix == ".jsonl" else torn.with_suffix(".partial.jsonl")
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(samples), str(torn), *both(clip)])
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.is_file() and log.read_text().count("\n") >= 6):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    lines = log.read_text().count("\n")
+    assert 6 <= lines < 40
+    with pytest.raises(UserError, match=r"unfinished|does not exist"):
+        read_score_file(torn)
+    with log.open("a") as stream:  # and the last line was cut in the middle
+        stream.write('{"id": "p009", "prom')
+    result = run(samples, torn, both(clip))
+    assert result.reused == lines and result.scored == 40 - lines  # type: ignore[attr-defined]
+    if torn.suffix == ".jsonl":
+        assert torn.read_bytes() == whole.read_bytes()
+    assert read_rows(torn) == read_rows(whole) and meta_path(torn).read_bytes() == meta_path(whole).read_bytes()
+    assert sorted(p.name for p in torn.parent.iterdir()) == sorted(p.name for p in whole.parent.iterdir())
+
+
+def test_a_changed_image_a_new_scorer_and_new_weights(samples: Path, clip: Path, tmp_path: Path) -> None:
+    out = tmp_path / "s.jsonl"
+    run(samples, out, both(clip)[:1])
+    first = {(r.id, r.k): r.value for r in read_rows(out)}
+    added = run(samples, out, both(clip)[1:])
+    assert (added.scored, added.reused) == (20, 0)  # type: ignore[attr-defined]
+    assert len(read_rows(out)) == 40 and set(read_score_file(out).meta.scorers) == {"clip", "pickscore"}
+    Image.fromarray(np.full((40, 40, 3), 90, np.uint8)).save(samples / "images" / "000004-1.png")
+    again = run(samples, out, both(clip))
+    assert (again.scored, again.reused) == (2, 38)  # type: ignore[attr-defined]
+    values = {(r.id, r.k): r.value for r in read_rows(out) if r.scorer == "clip"}
+    assert {key for key in first if values[key] != first[key]} == {("p004", 1)}
+    other = write_tiny_clip(tmp_path / "other", seed=3)
+    fresh = run(samples, out, [f"clip={other}"])
+    assert (fresh.scored, fresh.reused) == (20, 0)  # type: ignore[attr-defined]
+    assert len({r.fingerprint for r in read_rows(out) if r.scorer == "clip"}) == 1
+
+
+def test_unreadable_images_are_rows_with_an_error(samples: Path, clip: Path, tmp_path: Path) -> None:
+    (samples / "images" / "000003-0.png").unlink()
+    (samples / "images" / "000005-1.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    whole = (samples / "images" / "000007-0.png").read_bytes()
+    (samples / "images" / "000007-0.png").write_bytes(whole[: len(whole) // 2])
+    result = run(samples, tmp_path / "s.jsonl", both(clip))
+    assert len(result.errors) == 3 and result.scored == 40  # type: ignore[attr-defined]
+    rows = read_rows(tmp_path / "s.jsonl")
+    broken = [r for r in rows if r.error]
+    assert len(broken) == 6 and all(r.value is None for r in broken)
+    assert {r.image for r in broken} == {f"images/{n}.png" for n in ("000003-0", "000005-1", "000007-0")}
+    with pytest.raises(UserError, match="3 images could not be scored"):
+        run(samples, tmp_path / "s.jsonl", both(clip), strict=True)
+    (samples / "images" / "000007-0.png").write_bytes(whole)  # mended: only this one is computed
+    mended = run(samples, tmp_path / "s.jsonl", both(clip))
+    assert sum(r.error is None for r in read_rows(tmp_path / "s.jsonl")) == 36
+    assert mended.reused == 34  # type: ignore[attr-defined]
+
+
+def test_nothing_usable_is_an_error(samples: Path, clip: Path, tmp_path: Path) -> None:
+    for image in (samples / "images").iterdir():
+        image.write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 20 images got a score"):
+        run(samples, tmp_path / "s.jsonl", both(clip))
+
+
+def test_bad_output(samples: Path, clip: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"\.jsonl or \.parquet"):
+        run(samples, tmp_path / "s.csv", both(clip))
+    with pytest.raises(UserError, match="did you mean"):
+        run(samples, tmp_path / "s.jsonl", ["pikscore"])
+    (tmp_path / "mine.jsonl").write_text('{"my": "data"}\n')
+    with pytest.raises(UserError, match="no score file"):
+        run(samples, tmp_path / "mine.jsonl", both(clip))
+    assert (tmp_path / "mine.jsonl").read_text() == '{"my": "data"}\n'
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        run(samples, tmp_path / "file" / "s.jsonl", both(clip))
+    run(samples, tmp_path / "s.jsonl", both(clip))
+    others = write_samples(tmp_path / "others", PROMPTS[:3])
+    manifest = others / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace('"id": "p', '"id": "q'))
+    with pytest.raises(UserError, match="scores of other images"):
+        run(others, tmp_path / "s.jsonl", both(clip))
+    with pytest.raises(UserError, match="tiny world only"):
+        run(samples, tmp_path / "o.jsonl", ["oracle"])
+
+
+def test_reading_score_files(samples: Path, clip: Path, tmp_path: Path) -> None:
+    run(samples, tmp_path / "a" / "scores.jsonl", both(clip))
+    assert read_score_file(tmp_path / "a").path.name == "scores.jsonl"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no score file"):
+        read_score_file(tmp_path / "empty")
+    with pytest.raises(UserError, match="does not exist"):
+        read_score_file(tmp_path / "b.jsonl")
+    meta = meta_path(tmp_path / "a" / "scores.jsonl")
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "format": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        read_score_file(tmp_path / "a")
+    meta.unlink()
+    with pytest.raises(UserError, match=r"no scores\.meta\.json"):
+        read_score_file(tmp_path / "a")
+    assert Meta("x", 1, 1, {}).format == 1

@@ -6,8 +6,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, UNet2DConditionModel
+from packaging import version
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +25,10 @@ from .targets import lora_targets
 
 if TYPE_CHECKING:
     from ..denoiser import Denoiser
+
+
+# diffusers renamed the argument as transformers had done before.
+DTYPE = "dtype" if version.parse(diffusers.__version__) >= version.parse("0.42") else "torch_dtype"
 
 
 class Model:
@@ -239,7 +245,7 @@ def load_part(kind: type[Any], folder: ModelFolder, component: str, dtype: torch
     try:
         module, info = kind.from_pretrained(
             str(folder.path / component),
-            torch_dtype=dtype,
+            **{DTYPE if issubclass(kind, ModelMixin) else "dtype": dtype},
             variant=weights.variant,
             use_safetensors=weights.safetensors,
             local_files_only=True,

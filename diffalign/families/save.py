@@ -92,21 +92,25 @@ def merge_lora(unet: nn.Module, state: Mapping[str, Tensor], config: LoraConfig)
 
 def save_merged(
     model: Model,
-    unet: nn.Module | Mapping[str, Tensor],
     folder: Path,
+    *,
+    unet: nn.Module | None = None,
+    lora: tuple[Mapping[str, Tensor], LoraConfig] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Writes a whole pipeline folder that plain ``from_pretrained`` opens: this U-Net, the model's other parts.
+    """Writes a whole pipeline folder that plain ``from_pretrained`` opens; the live networks are not touched.
 
     Args:
-        unet: a full U-Net (its adapters are left out) or the weights of one, as `merge_lora` gives them.
+        unet: the U-Net to store, default the model's own; live adapters in it are left out.
+        lora: an adapter to add to it (state and config as for `save_lora`).
         folder: is made; model_index.json comes last, so a torn export is no model.
         dtype: of the stored weights. fp32 keeps a small change of the weights; bf16 may round it away.
     """
-    state = plain_state(unet) if isinstance(unet, nn.Module) else unet
+    source = model.unet if unet is None else unet
+    state = merge_lora(source, *lora) if lora else plain_state(source)
     with torch.device("meta"):
         network = type(model.unet).from_config(model.unet.config)
-    nn.Module.to(network.to_empty(device="cpu"), dtype).load_state_dict(dict(state))
+    nn.Module.to(network.to_empty(device="cpu"), dtype).load_state_dict(state)
     parts: dict[str, Any] = {
         name: nn.Module.to(copy.deepcopy(part), "cpu", dtype) if isinstance(part, nn.Module) else part
         for name, part in model.parts().items()

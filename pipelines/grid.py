@@ -1,0 +1,59 @@
+"""Contact sheets: images in rows and columns, with labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+GAP, PAPER, INK = 4, (255, 255, 255), (20, 20, 20)
+
+
+def grid(
+    images: Sequence[Image.Image],
+    columns: int | None = None,
+    labels: Sequence[str] | None = None,
+    upscale: int | None = None,
+) -> Image.Image:
+    """Images side by side, row by row, each in a cell of the largest size.
+
+    Args:
+        columns: default: as near to a square as it goes.
+        labels: one text above each image, cut to the cell's width.
+        upscale: whole factor, nearest neighbour. Default: what brings a small image to about 192 pixels.
+
+    Raises:
+        ValueError: no images, or labels of another number.
+    """
+    if not images:
+        raise ValueError("a grid needs at least one image")
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} images")
+    columns = columns or max(1, round(len(images) ** 0.5 + 0.499))
+    largest = max(max(image.size) for image in images)
+    factor = upscale or max(1, 192 // largest)
+    scaled = [
+        im.convert("RGB").resize((im.width * factor, im.height * factor), Image.Resampling.NEAREST) for im in images
+    ]
+    width, height = max(im.width for im in scaled), max(im.height for im in scaled)
+    font = ImageFont.load_default(size=12)
+    head = 18 if labels else 0
+    rows = -(-len(images) // columns)
+    cell = (width + GAP, height + head + GAP)
+    sheet = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for number, image in enumerate(scaled):
+        x, y = GAP + (number % columns) * cell[0], GAP + (number // columns) * cell[1]
+        if labels:
+            draw.text((x, y), _fit(labels[number], width, font), fill=INK, font=font)
+        sheet.paste(image, (x, y + head))
+    return sheet
+
+
+def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"

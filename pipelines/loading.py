@@ -1,0 +1,125 @@
+"""Opens what is to be sampled as a plain diffusers pipeline: a base, a base with a LoRA, or a run's folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..errors import UserError
+from ..families import detect
+from ..families.base import DTYPE
+from ..families.folder import ModelFolder, fetch, hash_file
+from ..families.lora import find_lora, fuse_loras, load_lora
+from ..families.schedulers import make_scheduler
+from ..recipe import ModelRecipe, read_yaml
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+ADAPTER = "lora"
+
+
+@dataclass
+class Opened:
+    """A pipeline on its device, and what it was made from."""
+
+    pipeline: DiffusionPipeline
+    family: str
+    source: str
+    lora: str | None
+    hashes: dict[str, str]
+
+
+def resolve(model: str, lora: str | None, revision: str | None, variant: str | None) -> tuple[ModelRecipe, str | None]:
+    """The base and the LoRA that ``model`` stands for. A run's folder with a LoRA in ``model/`` stands for both:
+    the base of its recipe and, when no other is asked for, that LoRA."""
+    run = Path(model).expanduser()
+    recipe_file = run / "recipe.yaml"
+    if not recipe_file.is_file() or not (run / "model").is_dir() or (run / "model" / "model_index.json").is_file():
+        return ModelRecipe(path=model, revision=revision, variant=variant), lora
+    from omegaconf import OmegaConf
+
+    base = OmegaConf.to_container(read_yaml(str(recipe_file)).get("model", {}))
+    if not isinstance(base, dict) or "path" not in base:
+        raise UserError(
+            f"run '{model}' has a recipe.yaml without model.path; give the base as the model and --lora {model}"
+        )
+    kept = {name: base[name] for name in ("path", "revision", "variant", "loras") if base.get(name)}
+    return ModelRecipe.model_validate(kept), lora or model
+
+
+def open_pipeline(
+    model: str,
+    lora: str | None,
+    lora_scale: float,
+    scheduler: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> Opened:
+    """A plain diffusers pipeline, ready to call.
+
+    Args:
+        model: folder, built-in name, hub id, or a run's folder.
+        lora: a LoRA file, its folder or a run's folder; stays an adapter with weight ``lora_scale``.
+        scheduler: short name (`families.schedulers`).
+
+    Raises:
+        UserError: no such model or LoRA, damaged or unfitting weights.
+    """
+    recipe, lora = resolve(model, lora, revision, variant)
+    file = find_lora(lora) if lora else None
+    folder, family = detect(recipe)
+    fetch(folder, recipe.revision)
+    pipeline = _from_pretrained(folder, dtype)
+    hashes = {name: folder.fingerprint(name) for name in used(folder)}
+    if recipe.loras:
+        hashes["loras"] = " ".join(fuse_loras(pipeline, recipe.loras))
+    if file:
+        load_lora(pipeline, file, ADAPTER)
+        pipeline.set_adapters([ADAPTER], [lora_scale])
+        hashes["lora"] = hash_file(file)
+    pipeline.scheduler = make_scheduler(scheduler, folder.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    return Opened(pipeline.to(device), family, recipe.path, str(lora) if lora else None, hashes)
+
+
+def used(folder: ModelFolder) -> list[str]:
+    """Components that sampling loads."""
+    left_out = {"safety_checker", "feature_extractor", "image_encoder"}
+    return [name for name in folder.components() if name not in left_out and (folder.path / name).is_dir()]
+
+
+def _from_pretrained(folder: ModelFolder, dtype: torch.dtype) -> DiffusionPipeline:
+    from diffusers import DiffusionPipeline
+    from diffusers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+    from transformers.utils import logging as transformers_logging
+
+    # each component is asked, so that a missing or torn one is named
+    weights = [folder.weights(c) for c in used(folder) if (folder.path / c / "config.json").is_file()]
+    safe = all(found.safetensors for found in weights)
+    checker = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in folder.index else {}
+    bars = is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
+    disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        return DiffusionPipeline.from_pretrained(
+            str(folder.path),
+            **{DTYPE: dtype},
+            variant=folder.variant,
+            use_safetensors=True if safe else None,
+            local_files_only=True,
+            **checker,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"model '{folder.source}' cannot be loaded: {reason}") from error
+    finally:
+        if bars[0]:
+            enable_progress_bar()
+        if bars[1]:
+            transformers_logging.enable_progress_bar()

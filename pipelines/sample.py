@@ -1,0 +1,363 @@
+"""Images for a list of prompts: the same noise for every model, batched, resumable image by image."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from ..data.batch import Cond
+from ..errors import Interrupted, RunError, UserError
+from ..eval.progress import progress_bar
+from ..eval.prompts import Prompt
+from ..families.base import Model
+from ..families.device import pick_device, pick_dtype
+from ..families.schedulers import check_scheduler
+from ..keyed import generator, normal
+from .grid import grid
+from .loading import Opened, open_pipeline
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["SampleSpec", "grid", "sample", "sample_model", "to_images"]
+
+MANIFEST, SETTINGS, IMAGES = "manifest.jsonl", "sample.json", "images"
+ENCODED_TOGETHER = 32  # prompts through the text encoder at once
+EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """What to sample, and how.
+
+    ``height``/``width`` None: the model's own. ``guidance`` as in diffusers: at most 1 means none, and one U-Net call a
+    step instead of two."""
+
+    model: str
+    lora: str | None = None
+    lora_scale: float = 1.0
+    steps: int = 25
+    guidance: float = 7.5
+    negative_prompt: str | None = None
+    scheduler: str = "ddim"
+    height: int | None = None
+    width: int | None = None
+    seed: int = 0
+    per_prompt: int = 1
+    batch: int = 8
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    variant: str | None = None
+
+    def check(self) -> None:
+        """UserError for a value out of range, before anything is loaded."""
+        check_scheduler(self.scheduler)
+        for name in ("steps", "per_prompt", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise UserError(f"guidance must be at least 0, not {self.guidance:g} (1 or less means none)")
+        if not math.isfinite(self.lora_scale):
+            raise UserError(f"lora scale must be a number, not {self.lora_scale}")
+        if self.seed < 0:
+            raise UserError(f"seed must be at least 0, not {self.seed}")
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            if side is not None and (side < 8 or side % 8):
+                raise UserError(f"{name} {side} is not a positive multiple of 8")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image: prompt ``index`` of the list, its ``k``-th draw."""
+
+    index: int
+    prompt: Prompt
+    k: int
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """Path of the image relative to the output folder."""
+        return f"{IMAGES}/{self.index:06d}-{self.k}.png"
+
+    @property
+    def key(self) -> str:
+        """What the PNG says it shows; tells a finished image from one of another prompt list."""
+        return json.dumps({"id": self.prompt.id, "prompt": self.prompt.prompt, "k": self.k, "seed": self.seed})
+
+    def row(self) -> dict[str, str | int | None]:
+        """Its line in the manifest."""
+        prompt = self.prompt
+        return {
+            "id": prompt.id,
+            "prompt": prompt.prompt,
+            "category": prompt.category,
+            "k": self.k,
+            "seed": self.seed,
+            "image": self.file,
+        }
+
+
+def sample(spec: SampleSpec, prompts: Sequence[Prompt], out: Path, progress: bool = True) -> Path:
+    """Samples ``spec.per_prompt`` images a prompt into ``out`` and returns the path of ``out/manifest.jsonl``.
+
+    The noise of an image depends on (seed, prompt id, k) alone: it is the same for every model, batch size and list of
+    prompts. A run that was stopped goes on from the images that are there, and ends with the same bytes.
+
+    Raises:
+        UserError: a setting out of range, no prompts, an unusable model or LoRA, images of other settings in ``out``.
+        Interrupted: by Ctrl-C, after the finished images were listed.
+        RunError: the disk is full, or the device's memory.
+    """
+    spec.check()
+    prompts = list(prompts)
+    if not prompts:
+        raise UserError("there are no prompts to sample; give a text, a file or a built-in set with --prompts")
+    if len({p.id for p in prompts}) < len(prompts):
+        raise UserError("two prompts share one id; ids name the images, make them differ")
+    device = pick_device(spec.device)
+    dtype = pick_dtype(spec.dtype, device)
+    opened = open_pipeline(
+        spec.model, spec.lora, spec.lora_scale, spec.scheduler, device, dtype, spec.revision, spec.variant
+    )
+    size = _size(spec, opened.pipeline)
+    _claim(out, _settings(spec, opened, size, dtype))
+    jobs = [Job(i, p, k, spec.seed) for i, p in enumerate(prompts) for k in range(spec.per_prompt)]
+    missing = {job.file for job in jobs if not _finished(out, job)}
+    try:
+        with progress_bar("sampling", len(missing), enabled=progress) as advance:
+            _run(spec, opened.pipeline, prompts, jobs, missing, size, out, advance)
+    except KeyboardInterrupt as error:
+        done = _list(out, jobs)
+        raise Interrupted(
+            f"stopped after {done} of {len(jobs)} images in '{out}'; the same command goes on from there"
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            f"out of memory with --batch {spec.batch} at {size[0]}x{size[1]} px; lower --batch (finished images stay)"
+        ) from error
+    except OSError as error:
+        raise RunError(f"images cannot be written to '{out}': {error}; the same command goes on from there") from error
+    _list(out, jobs)
+    return out / MANIFEST
+
+
+def _run(
+    spec: SampleSpec,
+    pipeline: DiffusionPipeline,
+    prompts: Sequence[Prompt],
+    jobs: Sequence[Job],
+    missing: set[str],
+    size: tuple[int, int],
+    out: Path,
+    advance: Callable[[int], None],
+) -> None:
+    """Batches and text groups are cut from the whole list, so that a resumed run computes what the first would have."""
+    text = TextCache(pipeline, [p.prompt for p in prompts], spec.negative_prompt, spec.guidance > 1)
+    height, width = size
+    factor = pipeline.vae_scale_factor
+    shape = (pipeline.unet.config.in_channels, height // factor, width // factor)
+    for batch in _chunks(jobs, spec.batch):
+        wanted = [job for job in batch if job.file in missing]
+        if not wanted:
+            continue
+        noise = torch.stack([normal(shape, job.seed, "sample", job.prompt.id, job.k) for job in batch])
+        images = pipeline(
+            **text.rows([job.index for job in batch]),
+            latents=noise.to(pipeline.device, pipeline.unet.dtype),
+            generator=[_step_noise(job) for job in batch],
+            num_inference_steps=spec.steps,
+            guidance_scale=spec.guidance,
+            height=height,
+            width=width,
+        ).images
+        for job, image in zip(batch, images, strict=True):
+            if job.file in missing:
+                _save(image, out / job.file, job.key)
+        advance(len(wanted))
+
+
+class TextCache:
+    """Each prompt is encoded once, in fixed groups; two groups are kept, as the jobs go through the list in order."""
+
+    def __init__(self, pipeline: DiffusionPipeline, texts: Sequence[str], negative: str | None, guided: bool) -> None:
+        self.pipeline = pipeline
+        self.texts = texts
+        self.groups: dict[int, dict[str, Tensor]] = {}
+        # The pipeline's own guided call decides what the unconditional branch is (SDXL zeroes an empty prompt).
+        both = self._encode([""], negative or None, True) if guided else {}
+        self.negative = {name: tensor for name, tensor in both.items() if name.startswith("negative")}
+
+    def rows(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """Conditioning of prompts by position, as keyword arguments of the pipeline."""
+        picked = [self._row(index) for index in indices]
+        rows = {name: torch.stack([row[name] for row in picked]) for name in picked[0]}
+        for name, tensor in self.negative.items():
+            rows[name] = tensor.expand(len(indices), *tensor.shape[1:])
+        return rows
+
+    def _row(self, index: int) -> dict[str, Tensor]:
+        group = index // ENCODED_TOGETHER
+        if group not in self.groups:
+            self.groups.pop(group - 2, None)
+            start = group * ENCODED_TOGETHER
+            self.groups[group] = self._encode(self.texts[start : start + ENCODED_TOGETHER], None, False)
+        return {name: tensor[index % ENCODED_TOGETHER] for name, tensor in self.groups[group].items()}
+
+    @torch.no_grad()
+    def _encode(self, texts: Sequence[str], negative: str | None, guided: bool) -> dict[str, Tensor]:
+        encoded = self.pipeline.encode_prompt(
+            prompt=list(texts),
+            device=self.pipeline.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+            negative_prompt=None if negative is None else [negative] * len(texts),
+        )
+        return {name: tensor for name, tensor in zip(EMBEDS, encoded, strict=False) if tensor is not None}
+
+
+def sample_model(
+    model: Model,
+    call: Callable[[Tensor, Tensor, Cond], Tensor],
+    cond: Cond,
+    ids: Sequence[str],
+    *,
+    size: tuple[int, int] | None = None,
+    steps: int = 20,
+    seed: int = 0,
+    batch: int = 8,
+) -> list[Image.Image]:
+    """One image a row of ``cond`` by DDIM (eta 0) on the model's own schedule, for grids while training.
+
+    Args:
+        call: (x (B,C,h,w) fp32, t (B,) int64, cond of B rows) -> the network's own prediction, guided if so wished.
+        cond: B rows; ``ids`` (B) key the noise, as in `sample`.
+        size: (height, width) in pixels, default the model's own.
+    """
+    height, width = size or (model.default_resolution, model.default_resolution)
+    h, w = model.latent_size(height, width)
+    shape = (model.unet.config.in_channels, h, w)
+    denoiser = model.denoiser()
+    config = model.scheduler_config
+    times = denoiser.timesteps(steps, config.get("timestep_spacing", "leading"), config.get("steps_offset", 0))
+    images: list[Image.Image] = []
+    with torch.no_grad():
+        for rows in _chunks(range(len(ids)), batch):
+            part = cond.take(list(rows)).to(model.device)
+            noise = torch.stack([normal(shape, seed, "sample", ids[row], 0) for row in rows]).to(model.device)
+            latents = denoiser.sample(lambda x, t, part=part: call(x, t, part), noise, times)  # type: ignore[misc]
+            images += to_images(model.decode(latents))
+    return images
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """Pixels (B, 3, H, W) in [-1, 1] as RGB images; rounded as diffusers rounds, non-finite values black."""
+    scaled = (pixels.float() / 2 + 0.5).clamp(0, 1).nan_to_num(0).mul(255).round().to(torch.uint8)
+    return [Image.fromarray(array) for array in scaled.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def _chunks(items: Iterable[Job] | Iterable[int], size: int) -> Iterable[list]:  # type: ignore[type-arg]
+    iterator = iter(items)
+    while part := list(islice(iterator, size)):
+        yield part
+
+
+def _step_noise(job: Job) -> torch.Generator:
+    """For schedulers that add noise at each step; on the CPU, so that every device draws the same."""
+    key = generator(job.seed, "sample-steps", job.prompt.id, job.k).integers(2**31)
+    return torch.Generator("cpu").manual_seed(int(key))
+
+
+def _size(spec: SampleSpec, pipeline: DiffusionPipeline) -> tuple[int, int]:
+    factor = math.lcm(int(pipeline.vae_scale_factor), 8)
+    own = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    size = (spec.height or own, spec.width or own)
+    for name, side in zip(("height", "width"), size, strict=True):
+        if side % factor:
+            raise UserError(f"{name} {side} is not a multiple of {factor}, which this model's VAE needs")
+    return size
+
+
+def _settings(spec: SampleSpec, opened: Opened, size: tuple[int, int], dtype: torch.dtype) -> dict[str, object]:
+    """What decides the pixels: two folders with equal ``settings`` hold equal images under equal names."""
+    settings = asdict(spec)
+    for name in ("batch", "device", "per_prompt", "model", "lora", "revision", "variant"):
+        del settings[name]
+    if opened.lora is None:
+        settings["lora_scale"] = None
+    settings.update(height=size[0], width=size[1], dtype=str(dtype).removeprefix("torch."))
+    settings["hashes"] = opened.hashes
+    return {
+        "model": opened.source,
+        "lora": opened.lora,
+        "family": opened.family,
+        "settings": settings,
+        "batch": spec.batch,
+        "per_prompt": spec.per_prompt,
+        "device": str(opened.pipeline.device),
+    }
+
+
+def _claim(out: Path, settings: dict[str, object]) -> None:
+    """Makes the folder and writes sample.json; UserError when it holds images of other settings."""
+    file = out / SETTINGS
+    try:
+        (out / IMAGES).mkdir(parents=True, exist_ok=True)
+        if not os.access(out / IMAGES, os.W_OK):
+            raise PermissionError(errno.EACCES, "not writable")
+    except OSError as error:
+        raise UserError(f"folder '{out}' cannot be used ({error.strerror}); choose another --out") from error
+    if file.is_file():
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))["settings"]
+            now = json.loads(json.dumps(settings["settings"]))
+            odd = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"'{file}' is not readable ({error}); remove the folder or choose another --out") from error
+        if odd:
+            what = "the model or LoRA" if odd[0] == "hashes" else f"{odd[0]} {before.get(odd[0])}"
+            raise UserError(f"'{out}' holds images of other settings ({what}); remove it or choose another --out")
+    _write(file, json.dumps(settings, indent=2) + "\n")
+
+
+def _finished(out: Path, job: Job) -> bool:
+    try:
+        with Image.open(out / job.file) as image:
+            return image.info.get("diffalign") == job.key
+    except (OSError, UnidentifiedImageError):
+        return False
+
+
+def _save(image: Image.Image, file: Path, key: str) -> None:
+    info = PngInfo()
+    info.add_text("diffalign", key)
+    partial = file.with_suffix(".partial")
+    image.save(partial, "PNG", pnginfo=info)
+    os.replace(partial, file)
+
+
+def _list(out: Path, jobs: Sequence[Job]) -> int:
+    """Writes the manifest of the finished images; returns their number."""
+    rows = [json.dumps(job.row(), ensure_ascii=False) for job in jobs if _finished(out, job)]
+    _write(out / MANIFEST, "".join(row + "\n" for row in rows))
+    return len(rows)
+
+
+def _write(file: Path, text: str) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, file)

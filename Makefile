@@ -1,0 +1,60 @@
+# The project's habits. Each makes what it needs: a virtual environment in .venv, with the versions of constraints.txt.
+#   make demo       the whole story on the tiny models
+#   make test       the default tests          make test-slow   the long ones
+#   make lint       ruff and mypy              make index       rewrite the list of methods
+#   make assets     train the tiny models again (about 90 minutes on 2 cores)
+# Variables: PYTHON (which interpreter makes .venv), PYTEST_ARGS, and TORCH_INDEX: an index of PyTorch builds, such as
+# https://download.pytorch.org/whl/cpu, where pip's own index would bring gigabytes of CUDA libraries to a laptop.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install test test-slow demo lint assets index
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+LINKS := build/links/diffalign
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+install: $(STAMP)
+
+# torch first and alone, so that the pin picks the build before anything else asks for torch
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || { echo "making $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing torch"
+	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch setuptools
+	@echo "installing diffalign and what it needs"
+	@$(PIP) --no-build-isolation -e '.[test,dev,tensorboard]'
+	@touch $@
+
+# One thread a worker: the tests' tensors are too small to share.
+test: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-slow: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+demo: $(STAMP)
+	@$(BIN)/diffalign demo
+
+# mypy sees the installed layout (eval/ as diffalign.eval, ...) through links
+lint: $(STAMP)
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@rm -rf $(LINKS) && mkdir -p $(LINKS)
+	@ln -s $(CURDIR)/diffalign/* $(foreach part,eval pipelines configs assets,$(CURDIR)/$(part)) $(LINKS)/
+	@$(BIN)/mypy
+
+assets: $(STAMP)
+	@$(BIN)/python -m diffalign.assets.build
+
+index: $(STAMP)
+	@$(BIN)/python -m diffalign.methods.index

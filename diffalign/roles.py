@@ -70,7 +70,9 @@ class Roles:
         if checkpointing:
             for network in {id(n): n for n in self.networks.values()}.values():
                 network.enable_gradient_checkpointing(self._checkpoint)  # type: ignore[operator]
-        self._dropouts = [m for m in self.unet.modules() if isinstance(m, nn.Dropout) and "lora" in type(m).__module__]
+        self._dropouts = [
+            drop for layer in self.layers for drop in layer.lora_dropout.values() if isinstance(drop, nn.Dropout)
+        ]
 
     def _add_adapters(self, seed: int) -> None:
         assert self.lora is not None
@@ -171,6 +173,11 @@ class Roles:
         finally:
             handle.remove()
         return found[0]
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether any adapter drops activations."""
+        return any(module.p > 0 for module in self._dropouts)
 
     def dropout(self, on: bool) -> None:
         """Adapter dropout on for a trained call, off elsewhere."""

@@ -79,10 +79,7 @@ class Batch:
             {k: v.to(device) for k, v in self.cond.items()},
             {k: v.to(device, non_blocking=True) for k, v in self.columns.items()},
             self.weight.to(device, non_blocking=True),
-            {
-                k: (t.to(device, non_blocking=True), e.to(device, non_blocking=True))
-                for k, (t, e) in self.drawn.items()
-            },
+            {k: (t.to(device, non_blocking=True), e.to(device, non_blocking=True)) for k, (t, e) in self.drawn.items()},
         )
 
     def take(self, index: Sequence[int]) -> Batch:

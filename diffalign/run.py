@@ -1,0 +1,388 @@
+"""A run from start to finish: folder, resume, steps, validation, checkpoints, interrupts, export, report."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .checkpoint import checkpoint_dirs, load_checkpoint, prune, save_checkpoint, write_atomic
+from .console import Console
+from .errors import Interrupted, RunError, UserError
+from .export import export_run
+from .meter import RunLog, read_log
+from .recipe import Recipe
+from .setup import Parts, build, check_same_recipe
+from .validate import BestKeeper, heldout_metrics, picture_statistics, sample_images
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from .data.batch import Cond
+
+
+@dataclass
+class Run:
+    """What a training run left behind.
+
+    ``dir`` is the run's folder; ``model`` what ``from_pretrained`` (full) or ``load_lora_weights`` (adapters) takes;
+    ``log`` the rows of ``log.jsonl``; ``report`` the HTML page; ``step`` the last step done.
+    """
+
+    dir: Path
+    recipe: Recipe
+    step: int
+    log: list[dict[str, Any]] = field(repr=False, default_factory=list)
+
+    @property
+    def model(self) -> Path:
+        """Folder of the trained weights."""
+        return self.dir / "model"
+
+    @property
+    def report(self) -> Path:
+        """The run's HTML report."""
+        return self.dir / "report.html"
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return checkpoint_dirs(self.dir / "checkpoints")
+
+    def curve(self, name: str, kind: str = "train") -> list[tuple[int, float]]:
+        """(step, value) of one logged number, such as ``accuracy`` or, with kind="validate", ``loss``."""
+        return [(row["step"], row[name]) for row in self.log if row["kind"] == kind and name in row]
+
+    def pipeline(self, **options: Any) -> DiffusionPipeline:
+        """The trained model as a plain diffusers pipeline."""
+        from diffusers import StableDiffusionPipeline
+
+        from .families import open_folder
+
+        if self.recipe.model.storage == "copies":
+            return StableDiffusionPipeline.from_pretrained(self.model, **options)
+        base = open_folder(self.recipe.model.path, self.recipe.model.revision, self.recipe.model.variant)
+        pipe = StableDiffusionPipeline.from_pretrained(base.path, **options)
+        for lora in self.recipe.model.loras:
+            pipe.load_lora_weights(lora.path, weight_name=lora.weight_name)
+            pipe.fuse_lora(lora_scale=lora.scale)
+            pipe.unload_lora_weights()
+        pipe.load_lora_weights(self.model)
+        return pipe
+
+    @staticmethod
+    def open(folder: str | Path) -> Run:
+        """An earlier run. Raises UserError when the folder is none."""
+        folder = Path(folder)
+        if not (folder / "recipe.yaml").is_file():
+            raise UserError(f"'{folder}' is no run folder: it has no recipe.yaml; pass the folder that `train` printed")
+        from .recipe import load_recipe
+
+        log = read_log(folder / "log.jsonl")
+        return Run(folder, load_recipe(folder / "recipe.yaml"), log[-1]["step"] if log else 0, log)
+
+
+class Signals:
+    """Ctrl-C and SIGTERM ask for a stop after the current step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    @contextmanager
+    def watching(self) -> Iterator[Signals]:
+        """Handlers in place for a while; in a notebook's other thread, nothing is changed."""
+        import threading
+
+        if threading.current_thread() is not threading.main_thread():
+            yield self
+            return
+        before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def find_checkpoint(folder: Path, resume: str) -> Path | None:
+    """Where to go on from: ``auto`` the newest in the run's folder, a PATH that one, ``never`` none.
+
+    Raises UserError when ``never`` meets checkpoints that would be lost, or PATH is none."""
+    own = checkpoint_dirs(folder / "checkpoints")
+    if resume == "auto":
+        return own[-1] if own else None
+    if resume == "never":
+        if own:
+            raise UserError(f"{folder} holds a run at {own[-1].name}; set another output.dir, or use --resume auto")
+        return None
+    path = Path(resume)
+    if not (path / "state.json").is_file():
+        inner = checkpoint_dirs(path / "checkpoints") or checkpoint_dirs(path)
+        if not inner:
+            raise UserError(f"--resume {resume}: no checkpoint there; pass a step-... folder, or auto, or never")
+        path = inner[-1]
+    return path
+
+
+def open_folder_for_writing(folder: Path) -> None:
+    """Raises UserError when the run's folder cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to '{folder}' ({error.strerror}); set output.dir to a folder you own") from error
+
+
+class Session:
+    """One process's view of a run."""
+
+    def __init__(self, recipe: Recipe, resume: str = "auto", progress: bool = True) -> None:
+        self.recipe = recipe
+        self.folder = recipe.output_dir()
+        open_folder_for_writing(self.folder)
+        checkpoint = find_checkpoint(self.folder, resume)
+        tensors, facts = load_checkpoint(checkpoint) if checkpoint else ({}, {})
+        if checkpoint:
+            check_same_recipe(recipe, facts["recipe"], checkpoint)
+        self.console = Console(progress)
+        self.parts: Parts = build(recipe, self.folder, self.console.say, self.console.counting("encoding"))
+        self.console.quiet(not self.main)
+        self.best = BestKeeper()
+        self.guard_said = False
+        if checkpoint:
+            if facts["data"] != self.parts.data_fingerprint:
+                raise UserError(
+                    f"checkpoint {checkpoint} was trained on other rows of data.path; put them back, or set another output.dir"
+                )
+            self.trainer.load(tensors)
+            self.best = BestKeeper(**facts["best"])
+            self.console.say(f"going on from {checkpoint} (step {self.trainer.step} of {recipe.train.steps})")
+        if self.main:
+            self._describe()
+        resumed = self.trainer.step if checkpoint else None
+        self.log = RunLog(self.folder, recipe.output, recipe.name, resumed) if self.main else None
+        self.grid = self._grid_prompts()
+
+    @property
+    def trainer(self) -> Any:
+        """The loop."""
+        return self.parts.trainer
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and prints."""
+        return bool(self.parts.accelerator.is_main_process)
+
+    def _describe(self) -> None:
+        """recipe.yaml, with the hashes of what it uses."""
+        import yaml
+
+        used = {"data": self.parts.data_fingerprint, **self.parts.model.fingerprint()}
+        header = "".join(f"# {key}: {value}\n" for key, value in used.items())
+        write_atomic(self.folder / "recipe.yaml", header + yaml.safe_dump(self.recipe.dump(), sort_keys=False))
+
+    def _grid_prompts(self) -> tuple[list[str], list[str], Cond]:
+        """(ids, prompts, conditioning) of the sample grids: the recipe's prompts, else those of held-out rows."""
+        wanted = self.recipe.validate_
+        if isinstance(wanted.prompts, str):
+            from .eval.prompts import read_prompts
+
+            prompts = [p.prompt for p in read_prompts(wanted.prompts)]
+        elif wanted.prompts:
+            prompts = wanted.prompts
+        else:
+            rows = self.parts.heldout.indices if self.parts.heldout else range(len(self.parts.rows))
+            prompts = list(dict.fromkeys(self.parts.rows[int(i)].prompt for i in rows))
+        prompts = prompts[: wanted.images]
+        cond = self.parts.model.encode_prompts(prompts)
+        if self.recipe.data.cache:
+            self.parts.model.release_encoders()
+        return [f"{i}:{prompt}" for i, prompt in enumerate(prompts)], prompts, cond
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+
+    def run(self) -> Run:
+        """Train to the recipe's last step, then export and report.
+
+        Raises Interrupted after a checkpoint, RunError when training cannot go on."""
+        trainer, steps = self.trainer, self.recipe.train.steps
+        signals = Signals()
+        try:
+            with signals.watching(), self.console.tracking(trainer.step, steps) as advance:
+                if trainer.step == 0:
+                    self.look()
+                started, since, waited = time.perf_counter(), trainer.step, trainer.waited
+                while trainer.step < steps:
+                    trainer.train_step()
+                    step = trainer.step
+                    if step % self.recipe.train.log_every == 0 or step == steps:
+                        seconds = time.perf_counter() - started
+                        row = self.log_row(step - since, seconds, trainer.waited - waited)
+                        advance(step, row)
+                        started, since, waited = time.perf_counter(), step, trainer.waited
+                    else:
+                        advance(step, None)
+                    if step % self.recipe.validate_.every == 0 or step == steps:
+                        self.look()
+                        started, since, waited = time.perf_counter(), step, trainer.waited
+                    if step % self.recipe.train.save_every == 0 or step == steps:
+                        self.save()
+                    if self.stop_asked(signals.asked):
+                        if step < steps:
+                            self.save()
+                            raise Interrupted(f"interrupted after step {step}; {self.go_on()}")
+                        break
+        except torch.OutOfMemoryError as error:
+            raise RunError(
+                "the GPU is out of memory; lower train.micro_batch (the result stays the same), set "
+                "model.gradient_checkpointing=true, or lower data.resolution or model.lora.rank; " + self.go_on()
+            ) from error
+        finally:
+            trainer.close()
+            if self.log:
+                self.log.close()
+        return self.finish()
+
+    def stop_asked(self, asked: bool) -> bool:
+        """One decision of all ranks."""
+        if self.trainer.world == 1:
+            return asked
+        flag = torch.tensor(float(asked), device=self.trainer.ctx.device)
+        return bool(self.trainer.reduce(flag) > 0)
+
+    def go_on(self) -> str:
+        """How to continue."""
+        kept = checkpoint_dirs(self.folder / "checkpoints")
+        where = f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
+        return f"{where}; the same command goes on from there"
+
+    def log_row(self, steps: int, seconds: float, waited: float) -> dict[str, float]:
+        """Read the meter (the one synchronisation of an interval), guard, and write a row."""
+        trainer, train = self.trainer, self.recipe.train
+        values = trainer.meter.read(trainer.reduce)
+        values["lr"] = next(iter(trainer.optimizers.values())).param_groups[0]["lr"]
+        values["rows_per_second"] = steps * trainer.fresh * train.batch / seconds
+        values["data_share"] = waited / seconds
+        skipped = int(trainer.skipped)
+        if skipped:
+            values["skipped"] = skipped
+        if trainer.ctx.device.type == "cuda":
+            values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.log:
+            self.log.write(trainer.step, values)
+        if skipped > train.max_nonfinite:
+            raise RunError(
+                f"{skipped} updates had non-finite gradients (limit train.max_nonfinite={train.max_nonfinite}); lower "
+                f"train.lr or set train.precision=bf16 or fp32; {self.go_on()}"
+            )
+        return values
+
+    def look(self) -> None:
+        """Held-out metrics, the sample grid, and the guard on the winner's error."""
+        trainer, recipe = self.trainer, self.recipe.validate_
+        values: dict[str, float] = {}
+        if self.parts.heldout is not None:
+            values = heldout_metrics(trainer, self.parts.heldout, recipe)
+        if self.main:
+            values |= self.draw_grid()
+            assert self.log is not None
+            if values:
+                self.log.write(trainer.step, values, "validate")
+                self.console.validated(trainer.step, values)
+        if "chosen_gain" in values and trainer.step:
+            self.guard(values["chosen_gain"])
+        if "loss" in values and recipe.keep_best and trainer.step:
+            self.best.offer(trainer.step, values["loss"], self.save)
+
+    def guard(self, gain: float) -> None:
+        """The known failure: the winner's error rises above the base's."""
+        policy = self.recipe.train.winner_guard
+        if gain >= 0 or policy == "off":
+            return
+        text = f"the winner's held-out error is above the base's by {-gain:.2e}: the model may be unlearning its images"
+        if policy == "stop":
+            self.save()
+            raise RunError(f"{text}; stopped by train.winner_guard=stop; {self.go_on()}")
+        if not self.guard_said:
+            self.console.say(f"note: {text} (train.winner_guard=stop ends a run here)")
+            self.guard_said = True
+
+    def draw_grid(self) -> dict[str, float]:
+        """A sheet of samples from fixed prompts and seeds, and their brightness and saturation."""
+        ids, prompts, cond = self.grid
+        if not prompts or "student" not in self.trainer.roles.networks:
+            return {}
+        from .pipelines.sample import grid
+
+        model = self.parts.model
+        resolution = self.recipe.data.resolution or model.default_resolution
+        images = sample_images(
+            self.trainer, model, cond, ids, self.recipe.validate_, (resolution, resolution), "student"
+        )
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        columns = min(4, len(images))
+        grid(images, columns, prompts).save(folder / f"step-{self.trainer.step:06d}.png")
+        if self.recipe.data.cache:
+            model.release_encoders()
+        return picture_statistics(images)
+
+    def save(self) -> Path:
+        """A checkpoint by rank 0; the others wait for it."""
+        trainer, folder = self.trainer, self.folder / "checkpoints"
+        final = folder / f"step-{trainer.step:06d}"
+        if self.main:
+            assert self.log is not None
+            self.log.sync()
+            facts = {
+                "step": trainer.step,
+                "data": self.parts.data_fingerprint,
+                "best": {"step": self.best.step, "value": self.best.value},
+                "recipe": self.recipe.dump(),
+            }
+            save_checkpoint(folder, trainer.step, trainer.state(), facts)
+            prune(folder, self.recipe.train.keep, [self.best.step] if self.best.step else [])
+        self.parts.accelerator.wait_for_everyone()
+        return final
+
+    def finish(self) -> Run:
+        """Export, card and report."""
+        run = Run(self.folder, self.recipe, self.trainer.step, self.log.rows if self.log else [])
+        if self.main:
+            export_run(self.parts, self.trainer, run)
+            from .eval.report import write_run_report
+
+            write_run_report(self.folder)
+        self.parts.accelerator.wait_for_everyone()
+        return run
+
+
+def train(
+    recipe: Recipe, resume: str = "auto", progress: bool = True, watch: Callable[[Session], None] | None = None
+) -> Run:
+    """Train a recipe; ``watch`` sees the session before its first step (benchmarks use it)."""
+    session = Session(recipe, resume, progress)
+    if watch is not None:
+        watch(session)
+    return session.run()
+
+
+def describe(run: Run) -> str:
+    """The last numbers of a run in a line."""
+    last = next((row for row in reversed(run.log) if row["kind"] == "validate"), {})
+    shown = {k: round(v, 4) for k, v in last.items() if k in ("loss", "accuracy", "margin", "chosen_gain")}
+    return json.dumps(shown)

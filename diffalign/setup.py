@@ -1,0 +1,204 @@
+"""From a recipe to parts that are ready to use: device, model, cache, method, roles, context, trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from peft import LoraConfig
+
+from .context import Context
+from .data.cache import LatentCache, open_cache
+from .data.readers import read_images, read_pairs
+from .data.rows import ImageRow, PairRow, Report
+from .data.source import Source, split_heldout
+from .data.tables import open_table
+from .errors import UserError
+from .families import Model, load_model, pick_device, pick_dtype
+from .methods import make_method
+from .methods.base import Method
+from .recipe import DataRecipe, Recipe, TrainRecipe
+from .roles import BASE, Roles
+from .trainer import Trainer
+
+Rows = list[PairRow] | list[ImageRow]
+PAIR_COLUMNS = {"chosen", "jpg_0", "chosen_file_name"}
+
+
+@dataclass
+class Parts:
+    """A run's parts. ``heldout`` is None where nothing is held out."""
+
+    recipe: Recipe
+    accelerator: Accelerator
+    model: Model
+    method: Method[Any]
+    rows: Rows
+    cache: LatentCache
+    trainer: Trainer
+    heldout: Source | None
+
+    @property
+    def data_fingerprint(self) -> str:
+        """Hash of what is trained on: the rows' ids in order and the cache's fingerprint."""
+        ids = "\n".join(row.id for row in self.rows)
+        return hashlib.sha256(f"{ids}\n{self.cache.fingerprint}".encode()).hexdigest()[:16]
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """What computes: ``auto`` is bf16 on a GPU that has it (else fp16), fp32 (None) elsewhere."""
+    if precision == "auto":
+        if device.type != "cuda":
+            return None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def set_determinism(recipe: TrainRecipe) -> None:
+    """Bit-exact repeats on CUDA where asked for; TF32 for the fp32 parts otherwise."""
+    if recipe.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    elif torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    set_seed(recipe.seed % (1 << 32))
+
+
+def lora_config(model: Model, recipe: Recipe) -> LoraConfig | None:
+    """Adapter settings, or None for full copies."""
+    if recipe.model.storage == "copies":
+        return None
+    lora = recipe.model.lora
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=model.lora_targets(lora.targets),
+    )
+
+
+def load_base(recipe: Recipe, device: torch.device) -> tuple[Model, torch.dtype]:
+    """The base model and the dtype of its frozen U-Net. Full copies are made from fp32 weights, before any rounding."""
+    dtype = pick_dtype(recipe.model.dtype, device)
+    copies = recipe.model.storage == "copies"
+    return load_model(recipe.model, device, torch.float32 if copies else dtype), dtype
+
+
+def build_roles(model: Model, method: Method[Any], recipe: Recipe, dtype: torch.dtype) -> Roles:
+    """The method's roles on the model's U-Net."""
+    modules = {name: module.to(model.device) for name, module in method.build(model).items()}
+    roles = Roles(
+        model.unet,
+        model.call_unet,
+        [role for role in method.roles if role not in modules],
+        lora_config(model, recipe),
+        modules,
+        checkpointing=recipe.model.gradient_checkpointing,
+        reference=method.needs.reference,
+        seed=recipe.train.seed,
+    )
+    if recipe.model.storage == "copies" and method.needs.reference:
+        roles.networks[BASE].to(dtype)
+    return roles
+
+
+def read_rows(recipe: DataRecipe, kind: str) -> tuple[Rows, Report]:
+    """Rows of the kind a method needs; ``image`` takes the chosen pictures of pairs, or plain captioned pictures."""
+    if kind == "pair" or PAIR_COLUMNS & set(open_table(recipe.path, recipe.format, recipe.split).columns):
+        pairs = read_pairs(recipe)
+        return pairs.rows, pairs.report
+    images = read_images(recipe)
+    return images.rows, images.report
+
+
+def build(
+    recipe: Recipe, folder: Path, say: Callable[[str], None], progress: Callable[[int, int], None] | None = None
+) -> Parts:
+    """Everything a run needs, with the cache filled and the encoders off the device.
+
+    Raises UserError for anything wrong with the model, the data or the machine."""
+    device = pick_device(recipe.train.device)
+    set_determinism(recipe.train)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    device = accelerator.device
+    method = make_method(recipe.method.name, {k: v for k, v in recipe.method.model_dump().items() if k != "name"})
+    if method.needs.batch not in {"pair", "image"}:
+        raise UserError(f"method '{recipe.method.name}' needs {method.needs.batch} rows, which no reader gives yet")
+    rows, report = read_rows(recipe.data, method.needs.batch)
+    say(report.line())
+    model, dtype = load_base(recipe, device)
+    overflow = sum(n > 0 for n in model.token_overflow([row.prompt for row in rows]))
+    if overflow:
+        say(f"{overflow} of {len(rows)} prompts are longer than the text encoder takes; they are cut")
+    cache = open_cache(
+        rows,
+        model,
+        recipe.data,
+        folder / "cache" if recipe.data.cache_dir is None else Path(recipe.data.cache_dir),
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        barrier=accelerator.wait_for_everyone,
+        progress=progress,
+    )
+    uncond = model.uncond()
+    if recipe.data.cache:
+        model.release_encoders()
+    training, held = split_heldout([row.id for row in rows], recipe.validate_.pairs, recipe.train.seed)
+    kind = method.needs.batch
+    assert kind in ("pair", "image")
+    source = Source(cache, training, kind, recipe.train.seed, uncond, recipe.data.caption_dropout)
+    heldout = Source(cache, held, kind, recipe.train.seed, uncond) if held else None
+    ctx = Context(
+        build_roles(model, method, recipe, dtype),
+        model.denoiser(),
+        recipe.train.seed,
+        device,
+        uncond.to(device),
+        autocast_dtype(recipe.train.precision, device),
+    )
+    if recipe.model.compile:
+        from .families import compile_unet
+
+        for network in {id(n): n for n in ctx.roles.networks.values()}.values():
+            compile_unet(network)
+    trainer = Trainer(method, ctx, source, recipe.train, accelerator)
+    return Parts(recipe, accelerator, model, method, rows, cache, trainer, heldout)
+
+
+# settings that may differ between a checkpoint and the run that continues from it
+FREE = ("name", "description", "output", "validate", "train.log_every", "train.save_every", "train.keep", "train.device")
+FREE += ("train.micro_batch", "train.steps", "train.max_nonfinite", "train.winner_guard", "data.encode_batch")
+FREE += ("data.cache_dir", "model.gradient_checkpointing", "model.attention", "model.compile")
+
+
+def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and leaves of a nested mapping."""
+    out: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out
+
+
+def check_same_recipe(now: Recipe, then: dict[str, Any], where: Path) -> None:
+    """Raises UserError, naming the first key, when a checkpoint comes from a recipe that trains something else."""
+    new, old = flat(now.dump()), flat(then)
+    for key in sorted(new.keys() | old.keys()):
+        free = any(key == name or key.startswith(name + ".") for name in FREE)
+        if key == "train.steps" and now.train.schedule != "constant":
+            free = False
+        if not free and new.get(key) != old.get(key):
+            shown = f"{key} was {json.dumps(old.get(key))}, now {json.dumps(new.get(key))}"
+            raise UserError(
+                f"checkpoint {where} is of another recipe: {shown}; set it back, or start afresh with another output.dir"
+            )

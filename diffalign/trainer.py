@@ -1,0 +1,259 @@
+"""The one loop: phases, backward, optimisers, precision, checkpoints, logging (DESIGN 2, 3, 8).
+
+Networks are not wrapped for data parallelism: at the optimiser step the phase's gradients are summed over processes on
+flat buckets and divided by the weight sum of the whole step: micro-batches, processes, skipped pairs and partial
+batches change nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from .context import Context, draw_key, draw_noise
+from .data.batch import Batch
+from .data.source import Source
+from .keyed import generator
+from .meter import Meter
+from .methods.base import Method, Phase, metric_sums
+from .optim import guarded_step, lr_factor, make_optimizer, set_lr
+from .recipe import TrainRecipe
+from .roles import Ema
+
+BUCKET = 1 << 25  # numbers in one flat bucket of a reduction
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One optimiser step of a training step: the phase, its repeat, and which fresh batch it uses."""
+
+    phase: Phase
+    repeat: int
+    fresh: int
+
+
+def plan_slots(method: Method[Any]) -> list[Slot]:
+    """The optimiser steps of one training step, in order.
+
+    Raises ValueError when the first phase asks to reuse a batch."""
+    slots: list[Slot] = []
+    fresh = -1
+    for phase in method.phases:
+        for repeat in range(method.repeats(phase)):
+            fresh += phase.batch == "fresh"
+            if fresh < 0:
+                raise ValueError(
+                    f"{type(method).__name__}: phase '{phase.name}' reuses a batch, but none came before it"
+                )
+            slots.append(Slot(phase, repeat, fresh))
+    return slots
+
+
+class Trainer:
+    """Runs steps of a method. What it is given is ready to use; files and folders are the run's business.
+
+    Args:
+        method, ctx: what is optimised and the tools it gets.
+        source: training rows.
+        recipe: the loop's settings.
+        accelerator: processes and reductions; rank r of w takes its share of every batch.
+    """
+
+    def __init__(
+        self, method: Method[Any], ctx: Context, source: Source, recipe: TrainRecipe, accelerator: Accelerator
+    ) -> None:
+        self.method, self.ctx, self.source, self.recipe, self.accelerator = method, ctx, source, recipe, accelerator
+        self.roles = ctx.roles
+        self.slots = plan_slots(method)
+        self.fresh = self.slots[-1].fresh + 1
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.micro = recipe.micro_batch or recipe.batch
+        self.step = 0
+        self.meter = Meter()
+        trained = [role for role in method.roles if role in self.roles.names]
+        self.optimizers = {r: make_optimizer(recipe, self.roles.parameters(r), r) for r in trained}
+        self.ema = {r: Ema(self.roles.parameters(r), recipe.ema) for r in trained} if recipe.ema else {}
+        scaled = ctx.autocast == torch.float16
+        self.scalers = {
+            phase.name: torch.amp.GradScaler(ctx.device.type, enabled=scaled)
+            for phase in method.phases  # type: ignore[attr-defined]
+        }
+        self.skipped = torch.zeros((), device=ctx.device)
+        self.waited = 0.0
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._ahead: dict[int, Future[list[Batch]]] = {}
+        self._broadcast()
+
+    def _broadcast(self) -> None:
+        """Trainables of rank 0 everywhere, once at the start."""
+        if self.world == 1:
+            return
+        for role in self.optimizers:
+            for parameter in self.roles.parameters(role):
+                torch.distributed.broadcast(parameter.data, 0)
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def _load(self, draw: int) -> list[Batch]:
+        """This rank's micro-batches of the ``draw``-th fresh batch, with their noise drawn."""
+        indices, visits = self.source.share(draw, self.recipe.batch, self.rank, self.world)
+        users = [slot for slot in self.slots if slot.fresh == draw % self.fresh]
+        parts = []
+        for start in range(0, len(indices), self.micro):
+            batch = self.source.load(indices[start : start + self.micro], visits[start : start + self.micro])
+            shape = next(iter(batch.latents.values())).shape[1:]
+            for slot in users:
+                for tag in self.method.needs.draws:
+                    batch.drawn[draw_key(tag, slot.phase.name, slot.repeat)] = draw_noise(
+                        self.ctx.seed, tag, slot.phase.name, slot.repeat, batch, shape, self.ctx.denoiser.num_timesteps
+                    )
+            parts.append(batch)
+        return parts
+
+    def batches(self, draw: int) -> list[Batch]:
+        """A fresh batch on the device; the next one is prepared meanwhile."""
+        started = time.perf_counter()
+        for number in (draw, draw + 1):
+            if number not in self._ahead:
+                self._ahead[number] = self._loader.submit(self._load, number)
+        parts = [batch.to(self.ctx.device) for batch in self._ahead.pop(draw).result()]
+        self._ahead = {n: f for n, f in self._ahead.items() if n > draw}
+        self.waited += time.perf_counter() - started
+        return parts
+
+    # ---- one step ---------------------------------------------------------------------------------------------------
+
+    def train_step(self) -> None:
+        """All phases of one step. Nothing here waits for the device."""
+        factor = lr_factor(self.recipe, self.step)
+        for role, optimizer in self.optimizers.items():
+            set_lr(optimizer, self.recipe.role_lr.get(role, self.recipe.lr) * factor)
+        loaded, parts = -1, []
+        for slot in self.slots:
+            if slot.fresh != loaded:
+                parts, loaded = self.batches(self.step * self.fresh + slot.fresh), slot.fresh
+            self.update(slot, parts)
+        for ema in self.ema.values():
+            ema.update()
+        self.step += 1
+
+    def update(self, slot: Slot, parts: list[Batch]) -> None:
+        """Forward, backward over the micro-batches, and the optimiser step of one phase."""
+        ctx, phase = self.ctx, slot.phase
+        ctx.phase, ctx.repeat = phase.name, slot.repeat
+        self.roles.train_only(phase.trains)
+        ctx.stats = self._statistics(parts)
+        scaler = self.scalers[phase.name]
+        weight = torch.zeros((), device=ctx.device)
+        self.roles.dropout(True)
+        for number, batch in enumerate(parts):
+            if self.roles.has_dropout:
+                torch.manual_seed(int(generator(ctx.seed, "dropout", self.step, slot.fresh, number).integers(1 << 31)))
+            loss = self.method.loss(ctx, batch, phase)
+            weights = loss.weights.detach()
+            # a nominal divisor keeps fp16 in range; the true weight sum follows once it is known everywhere
+            scaler.scale((loss.values * weights).sum() / self.recipe.batch).backward()
+            weight += weights.sum()
+            for name, (total, share) in metric_sums(loss).items():
+                self.meter.add(name if len(self.method.phases) == 1 else f"{phase.name}/{name}", total, share)
+        self.roles.dropout(False)
+        self._average(phase, weight)
+        for role in phase.trains:
+            optimizer, parameters = self.optimizers[role], self.roles.parameters(role)
+            if scaler.is_enabled():
+                scaler.unscale_(optimizer)
+            norm, skipped = guarded_step(optimizer, parameters, self.recipe.max_grad_norm)
+            finite = 1 - skipped
+            self.meter.add(f"grad_norm/{role}", torch.nan_to_num(norm, 0.0, 0.0, 0.0) * finite, finite)
+            self.skipped += skipped
+            optimizer.zero_grad(set_to_none=True)
+        if scaler.is_enabled():
+            scaler.update()
+
+    def _statistics(self, parts: list[Batch]) -> dict[str, Tensor]:
+        """Sums of ``Method.statistics`` over micro-batches and processes."""
+        if type(self.method).statistics is Method.statistics:
+            return {}
+        sums: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for batch in parts:
+                for name, value in self.method.statistics(self.ctx, batch).items():
+                    sums[name] = sums[name] + value if name in sums else value
+        return {name: self.reduce(value) for name, value in sums.items()}
+
+    def _average(self, phase: Phase, weight: Tensor) -> None:
+        """Gradients summed over processes in flat buckets, then divided by the weight sum of the whole step."""
+        gradients: list[Tensor] = []
+        for role in phase.trains:
+            for parameter in self.roles.parameters(role):
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                gradients.append(parameter.grad)
+        if self.world > 1:
+            for bucket in _buckets(gradients):
+                flat = self.reduce(torch.cat([g.flatten() for g in bucket]))
+                pieces = flat.split([g.numel() for g in bucket])
+                torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(pieces, bucket, strict=True)])
+            weight = self.reduce(weight)
+        torch._foreach_mul_(gradients, self.recipe.batch / weight.clamp_min(1e-12) * (weight > 0))
+
+    def reduce(self, value: Tensor) -> Tensor:
+        """Sum over processes."""
+        if self.world == 1:
+            return value
+        summed: Tensor = self.accelerator.reduce(value, "sum")
+        return summed
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything that an exact continuation needs; no RNG state, since draws are keyed."""
+        return {
+            "step": self.step,
+            "roles": {role: self.roles.state_dict(role) for role in self.optimizers},
+            "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
+            "scalers": {name: scaler.state_dict() for name, scaler in self.scalers.items()},
+            "ema": {role: ema.state_dict() for role, ema in self.ema.items()},
+            "meter": self.meter.sums,
+            "skipped": self.skipped,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``."""
+        self.step = int(state["step"])
+        for role, optimizer in self.optimizers.items():
+            self.roles.load_state_dict(role, state["roles"][role])
+            optimizer.load_state_dict(state["optimizers"][role])
+        for name, scaler in self.scalers.items():
+            if scaler.is_enabled():
+                scaler.load_state_dict(state["scalers"][name])
+        for role, ema in self.ema.items():
+            ema.load_state_dict(state["ema"][role])
+        self.meter.sums = {name: value.to(self.ctx.device) for name, value in state["meter"].items()}
+        self.skipped = state["skipped"].to(self.ctx.device)
+        self._ahead.clear()
+
+    def close(self) -> None:
+        """Stop the loader."""
+        self._loader.shutdown(wait=True, cancel_futures=True)
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors in groups of at most BUCKET numbers, in order."""
+    group: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if group and size + tensor.numel() > BUCKET:
+            yield group
+            group, size = [], 0
+        group.append(tensor)
+        size += tensor.numel()
+    if group:
+        yield group

@@ -1,0 +1,86 @@
+"""What is looked at while training: held-out rows under fixed (t, noise), and grids from fixed prompts and seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from .data.batch import Cond
+from .data.source import Source
+from .meter import Meter
+from .methods.base import metric_sums
+from .recipe import ValidateRecipe
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .families.base import Model
+    from .trainer import Trainer
+
+PHASE = "validate"  # keys the draws of held-out rows, so that they never change
+
+
+@contextmanager
+def averaged(trainer: Trainer) -> Iterator[None]:
+    """EMA weights in place while validating, sampling and exporting; the live ones where there is no EMA."""
+    with ExitStack() as stack:
+        for ema in trainer.ema.values():
+            stack.enter_context(ema.swapped())
+        yield
+
+
+def heldout_metrics(trainer: Trainer, heldout: Source, recipe: ValidateRecipe) -> dict[str, float]:
+    """Loss and metrics of held-out rows, each under ``draws`` fixed (t, noise); the same on any number of processes."""
+    ctx, phase = trainer.ctx, trainer.method.phases[-1]
+    meter = Meter()
+    mine = heldout.indices[trainer.rank :: trainer.world].tolist()
+    before = ctx.phase, ctx.repeat
+    ctx.phase, ctx.repeat = PHASE, 0
+    with torch.no_grad(), averaged(trainer):
+        for draw in range(recipe.draws):
+            for start in range(0, len(mine), trainer.micro):
+                rows = mine[start : start + trainer.micro]
+                batch = heldout.load(rows, [draw] * len(rows)).to(ctx.device)
+                loss = trainer.method.loss(ctx, batch, phase)
+                for name, (total, weight) in metric_sums(loss).items():
+                    meter.add(name, total, weight)
+    ctx.phase, ctx.repeat = before
+    return meter.read(trainer.reduce)
+
+
+def sample_images(
+    trainer: Trainer, model: Model, cond: Cond, ids: list[str], recipe: ValidateRecipe, size: tuple[int, int], role: str
+) -> list[Image]:
+    """One picture a prompt by a role, from the same noise at every step of every run with this seed."""
+    from .pipelines.sample import sample_model
+
+    def call(x: torch.Tensor, t: torch.Tensor, rows: Cond) -> torch.Tensor:
+        return trainer.ctx.model(role, x, t, rows, recipe.guidance)
+
+    with torch.no_grad(), averaged(trainer):
+        return sample_model(model, call, cond, ids, size=size, steps=recipe.steps, seed=recipe.seed)
+
+
+def picture_statistics(images: list[Image]) -> dict[str, float]:
+    """Mean brightness and saturation of the pictures, in [0, 1]."""
+    import numpy as np
+
+    hsv = np.stack([np.asarray(image.convert("HSV").resize((64, 64)), dtype=np.float32) / 255 for image in images])
+    return {"brightness": float(hsv[..., 2].mean()), "saturation": float(hsv[..., 1].mean())}
+
+
+class BestKeeper:
+    """Remembers the step with the lowest held-out loss."""
+
+    def __init__(self, step: int | None = None, value: float | None = None) -> None:
+        self.step, self.value = step, value
+
+    def offer(self, step: int, value: float, save: Callable[[], Path]) -> None:
+        """Save if this is the best so far."""
+        if self.value is None or value < self.value:
+            self.step, self.value = step, value
+            save()

@@ -48,6 +48,7 @@ class Meta:
     scorers: dict[str, dict[str, str]]  # name -> full fingerprint
     sampling: dict[str, object] = field(default_factory=dict)  # sample.json beside the images, when there was one
     notes: list[str] = field(default_factory=list)
+    folder: str | None = None  # what image names are relative to, seen from the score file's folder
     complete: bool = False
     format: int = FORMAT
 

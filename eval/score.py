@@ -119,7 +119,7 @@ def score_images(
     for scorer in loaded:
         scorer.check_prompts(texts)
         scorer.plan_texts(texts)
-    meta = _meta(Path(images), source, loaded, read_meta(target))
+    meta = _meta(Path(images), source, loaded, read_meta(target), target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_meta(target, meta)
@@ -284,7 +284,7 @@ def _final(items: Sequence[Item], names: Sequence[str], rows: dict[Key, Row]) ->
     return [rows[key] for key in keys if key in rows]
 
 
-def _meta(images: Path, source: ItemSet, scorers: Sequence[Scorer], old: Meta | None) -> Meta:
+def _meta(images: Path, source: ItemSet, scorers: Sequence[Scorer], old: Meta | None, out: Path) -> Meta:
     folder = images if images.is_dir() else images.parent
     sample = folder / "sample.json"
     sampling = (
@@ -297,6 +297,7 @@ def _meta(images: Path, source: ItemSet, scorers: Sequence[Scorer], old: Meta | 
         scorers={**(old.scorers if old else {}), **{s.name: s.fingerprint for s in scorers}},
         sampling=sampling,
         notes=source.notes,
+        folder=os.path.relpath(folder, out.parent),
     )
 
 

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
 from PIL import Image
-from typing_extensions import Self
 
 from ...errors import UserError
 from ..preprocess import decode

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
-from typing_extensions import Self
 
 from ...errors import UserError
 from ..preprocess import CLIP_MEAN, CLIP_STD, P1

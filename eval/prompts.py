@@ -77,8 +77,9 @@ def read_rows(text: str, suffix: str, source: str) -> Iterator[tuple[int, dict[s
             yield number, {k: v if isinstance(v, str) else str(v) for k, v in row.items() if v is not None}
     else:
         # Tab-separated sets such as PartiPrompts carry bare quotes: quoting rules would eat them.
-        quoting = csv.QUOTE_NONE if suffix == ".tsv" else csv.QUOTE_MINIMAL
-        reader = csv.DictReader(text.splitlines(), delimiter="\t" if suffix == ".tsv" else ",", quoting=quoting)
+        lines = text.splitlines()
+        tabs = suffix == ".tsv"
+        reader = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.DictReader(lines)
         for row in reader:
             yield reader.line_num, {k: v for k, v in row.items() if k is not None and isinstance(v, str) and v != ""}
 

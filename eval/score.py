@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -272,10 +272,11 @@ def _kept(before: Iterable[Row], items: Sequence[Item], hashes: Sequence[str | N
     kept: dict[Key, Row] = {}
     for item, sha256 in zip(items, hashes, strict=True):
         for name in ids:
-            row = table.get((sha256, item.prompt, name))
+            row = table.get((sha256, item.prompt, name)) if sha256 else None
             if row is not None:
-                place = {"id": item.id, "k": item.k, "seed": item.seed, "category": item.category, "image": item.image}
-                kept[item.id, item.k, name] = Row(**{**row.__dict__, **place})
+                kept[item.id, item.k, name] = replace(
+                    row, id=item.id, k=item.k, seed=item.seed, category=item.category, image=item.image
+                )
     return kept
 
 

@@ -181,7 +181,5 @@ def _check_config(folder: Path, name: str, expected: tuple[int, int, int, str] |
 def _pixels(folder: Path, model: CLIPModel) -> P1:
     file = folder / "preprocessor_config.json"
     stated = json.loads(file.read_text()) if file.is_file() else {}
-    mean, std = (
-        tuple(float(x) for x in stated.get(k, d)) for k, d in (("image_mean", CLIP_MEAN), ("image_std", CLIP_STD))
-    )
-    return P1(size=int(model.config.vision_config.image_size), mean=mean, std=std)
+    (r, g, b), (sr, sg, sb) = stated.get("image_mean", CLIP_MEAN), stated.get("image_std", CLIP_STD)
+    return P1(size=int(model.config.vision_config.image_size), mean=(r, g, b), std=(sr, sg, sb))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from PIL import Image
 from ...errors import UserError
 from . import list_scorers
 from ._base import CODE_VERSION, Scored, Scorer, resolve_device, resolve_weights, weights_sha256
+
+if TYPE_CHECKING:
+    from ..oracle import Oracle
 
 SCORERS: dict[str, dict[str, object]] = {
     "oracle": {
@@ -26,6 +29,7 @@ class OracleScorer(Scorer):
     """Value 0 or 1; parts ``layout``, ``colours``, ``shapes``. Runs on the CPU in fp32 whatever is asked."""
 
     preprocess_id = "oracle-32"
+    oracle: Oracle
 
     @classmethod
     def from_pretrained(

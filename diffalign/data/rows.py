@@ -172,7 +172,7 @@ class Report:
         """The left-out rows whose data are wrong, apart from those that a policy skips."""
         return [row for row in self.bad if row.reason in FLAWS]
 
-    def line(self) -> str:
+    def summary(self) -> str:
         """``100 rows, 97 usable; left out: 2 tie, 1 missing image``."""
         out = ", ".join(f"{n} {reason}" for reason, n in self.counts.items())
         return f"{self.rows} rows, {self.usable} usable" + (f"; left out: {out}" if out else "")

@@ -1,0 +1,107 @@
+"""Where a cache lies, what makes it, and how large it will be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from ..recipe import DataRecipe
+from .encode import cond_entry
+from .store import fingerprint_of, maker_of
+
+if TYPE_CHECKING:
+    from ..families import Model
+
+# To be raised whenever the same inputs would give other numbers than before.
+CODE = "1"
+TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a cache takes: ``bytes`` in all, ``missing_bytes`` not yet written, ``free`` on the disk of ``folder``."""
+
+    folder: Path
+    pictures: int
+    prompts: int
+    bytes: int
+    missing_bytes: int
+    free: int
+
+    def check(self) -> None:
+        """Raises UserError when the disk is too small."""
+        if self.missing_bytes > self.free:
+            raise UserError(
+                f"disk too small for the cache in '{self.folder}': {self.missing_bytes:,} bytes needed, {self.free:,} "
+                "free; free some space, or set data.cache_dir or data.cache=false"
+            )
+
+
+def resolution_of(model: Model, recipe: DataRecipe) -> int:
+    """Side of the square pictures in pixels. Raises UserError when the VAE cannot take it."""
+    side = recipe.resolution or model.default_resolution
+    if side % model.factor:
+        low = max(model.factor, side // model.factor * model.factor)
+        raise UserError(f"data.resolution {side} is no multiple of {model.factor}, the VAE's factor; set {low}")
+    return side
+
+
+def made_by_of(model: Model, recipe: DataRecipe, resolution: int) -> dict[str, dict[str, str]]:
+    """Everything that a store's numbers depend on, by store."""
+    encoders = [name for name in TEXT if name in model.folder.components()]
+    text = model.fingerprint(*encoders)
+    pictures = {
+        "vae": model.fingerprint("vae")["vae"],
+        "resolution": str(resolution),
+        "crop": recipe.crop,
+        "alpha": recipe.alpha,
+        "posterior": recipe.posterior,
+        "dtype": str(next(model.vae.parameters()).dtype),
+        "code": CODE,
+    }
+    dtype = str(next(model.text_encoder.parameters()).dtype)
+    return {"pictures": pictures, "prompts": {**text, "dtype": dtype, "family": model.family, "code": CODE}}
+
+
+def is_flat(root: Path) -> bool:
+    """Whether the cache lies straight in this folder."""
+    return (root / "pictures").is_dir() and (root / "prompts").is_dir()
+
+
+def store_folder(root: Path, kind: str, made_by: Mapping[str, str]) -> Path:
+    """Where a store lies under a cache folder."""
+    if is_flat(root) and kind in ("pictures", "prompts"):
+        return root / kind
+    return root / f"{kind}-{fingerprint_of(made_by)[:16]}"
+
+
+def refuse_other(folder: Path, made_by: Mapping[str, Mapping[str, str]]) -> None:
+    """Raises UserError when a flat cache in ``folder`` was made by something else."""
+    if not is_flat(folder):
+        return
+    for kind, now in made_by.items():
+        then = maker_of(folder / kind)
+        if then is None or then == now:
+            continue
+        differ = [name for name in sorted(now.keys() | then.keys()) if now.get(name) != then.get(name)]
+        told = [
+            f"{name} {then.get(name)}, now {now.get(name)}" if len(now.get(name, "")) < 24 else f"other {name} weights"
+            for name in differ
+        ]
+        raise UserError(
+            f"'{folder}' is a cache of other weights or settings ({'; '.join(told)}); "
+            "set data.cache_dir to another folder"
+        )
+
+
+def entry_bytes(model: Model, recipe: DataRecipe) -> tuple[int, int]:
+    """Bytes of one picture and of one prompt, with their share of the header."""
+    side = resolution_of(model, recipe)
+    height, width = model.latent_size(side, side)
+    numbers = model.vae.config.latent_channels * height * width
+    cond = cond_entry(model.uncond())
+    picture = numbers * (6 if recipe.posterior == "sample" else 4) + 76
+    return picture, sum(t.numel() * t.element_size() for t in cond.values()) + 40

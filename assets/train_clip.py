@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -66,7 +67,13 @@ def embed_images(model: CLIPModel, images: torch.Tensor) -> torch.Tensor:
 
 
 def save(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    model.save_pretrained(folder)
+    """Weights in fp16; the config says float32, so that they are raised when they are loaded."""
+    model.half().save_pretrained(folder)
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), "dtype": "float32"}
+    for part in ("text_config", "vision_config"):
+        config[part]["dtype"] = "float32"
+    path.write_text(json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(folder)
     side = {"height": scenes.SIZE, "width": scenes.SIZE}
     CLIPImageProcessorPil(size={"shortest_edge": scenes.SIZE}, crop_size=side).save_pretrained(folder)
@@ -143,7 +150,7 @@ def train_pickscore(folder: Path, clip_folder: Path, vae_folder: Path) -> None:
     rng, log = start(PICK_SEED), Log("pickscore")
     tokenizer = CLIPTokenizer.from_pretrained(clip_folder)
     vae = AutoencoderKL.from_pretrained(vae_folder).eval()
-    model = CLIPModel.from_pretrained(clip_folder).train()
+    model = CLIPModel.from_pretrained(clip_folder, dtype=torch.float32).train()
     opt = torch.optim.AdamW(model.parameters(), PICK_LR, weight_decay=0.02, betas=(0.9, 0.98))
     right: list[float] = []
     for k in range(PICK_STEPS):

@@ -6,11 +6,12 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 __all__ = ["SampleSpec", "grid", "sample", "sample_model", "to_images"]
+
+T = TypeVar("T")
 
 MANIFEST, SETTINGS, IMAGES = "manifest.jsonl", "sample.json", "images"
 ENCODED_TOGETHER = 32  # prompts through the text encoder at once
@@ -259,9 +262,13 @@ def sample_model(
         for rows in _chunks(range(len(ids)), batch):
             part = cond.take(list(rows)).to(model.device)
             noise = torch.stack([normal(shape, seed, "sample", ids[row], 0) for row in rows]).to(model.device)
-            latents = denoiser.sample(lambda x, t, part=part: call(x, t, part), noise, times)  # type: ignore[misc]
+            latents = denoiser.sample(partial(_called, call, part), noise, times)
             images += to_images(model.decode(latents))
     return images
+
+
+def _called(call: Callable[[Tensor, Tensor, Cond], Tensor], cond: Cond, x: Tensor, t: Tensor) -> Tensor:
+    return call(x, t, cond)
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -270,7 +277,7 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in scaled.permute(0, 2, 3, 1).cpu().numpy()]
 
 
-def _chunks(items: Iterable[Job] | Iterable[int], size: int) -> Iterable[list]:  # type: ignore[type-arg]
+def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
     iterator = iter(items)
     while part := list(islice(iterator, size)):
         yield part

@@ -32,6 +32,8 @@ class SD1(Model):
         width, cross = text_encoder.config.hidden_size, unet.config.cross_attention_dim
         if cross != width:
             raise UserError(f"model '{folder.source}': text encoder width {width} and U-Net width {cross} differ")
+        if not any((folder.path / "tokenizer" / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+            raise UserError(f"model '{folder.source}' has no vocab.json in tokenizer/; download the folder again")
         try:
             tokenizer = CLIPTokenizer.from_pretrained(str(folder.path / "tokenizer"), local_files_only=True)
         except (OSError, ValueError, TypeError) as error:

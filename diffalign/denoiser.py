@@ -166,7 +166,9 @@ class Denoiser:
             table = self._table.float() if device.type == "mps" else self._table
             self._tables[device] = table.to(device)
         alpha, sigma = self._tables[device]
-        index = torch.as_tensor(t, device=device).reshape(-1).clamp(min=-1)
+        # an int is filled in on the device: copying it there would wait
+        index = t.to(device).reshape(-1) if isinstance(t, Tensor) else torch.full((1,), t, device=device)
+        index = index.clamp(min=-1)
         return alpha[index], sigma[index]
 
     def _at(self, t: Times, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -300,7 +302,7 @@ class Denoiser:
         x, noisy, clean = _raised(x_t), self._levels(t, x_t.device), self._levels(s, x_t.device)
         alpha, sigma = (_spread(c, x) for c in noisy)
         var = _ddim_variance(noisy, clean, eta)
-        # clamped: rounding makes it -1e-17 at alpha_t = 0, eta = 1
+        # clamped: at eta = 1 rounding makes it -1e-8 on devices without fp64
         direction = (clean[1] ** 2 - var).clamp(min=0).sqrt()
         x0, eps = self._x0(output, x, alpha, sigma), self._eps(output, x, alpha, sigma)
         return _spread(clean[0], x) * x0 + _spread(direction, x) * eps, _spread(var.sqrt(), x)
@@ -407,11 +409,13 @@ class Denoiser:
         left = _levels_left(levels, mask)
         if times is None:
             times = levels if convention == "target" else left
-        on_device = [a.expand(len(x), -1).to(x.device) for a in (levels, left, times)]
+        mask = torch.ones(len(x), levels.shape[1], dtype=torch.bool) if mask is None else mask
+        idle = ~mask.any(0) if mask.device.type == "cpu" else torch.zeros(levels.shape[1], dtype=torch.bool)
+        on_device = [a.expand(len(x), -1).to(x.device) for a in (left, levels, times, mask)]
         for k in range(levels.shape[1]):
-            if mask is not None and mask.device.type == "cpu" and not bool(mask[:, k].any()):
+            if idle[k]:
                 continue
-            goal, origin, time = (a[:, k] for a in on_device)
+            origin, goal, time, taken = (a[:, k] for a in on_device)
             source, target = self._start(origin, x, initial_alpha), self._start(goal, x, initial_alpha)
             a_told, s_told = (_spread(c, x) for c in self._start(time, x, initial_alpha))
             (a0, s0), (a1, s1) = ([_spread(c, x) for c in pair] for pair in (source, target))
@@ -425,7 +429,7 @@ class Denoiser:
                 y = a1 * ((x - s0 * eps) / a0) + s1 * eps
             if noises is not None:
                 y = y + _spread(_ddim_variance(target, source, eta).sqrt(), x) * noises[k].to(x.dtype)
-            x = y if mask is None else torch.where(_spread(mask[:, k].to(x.device), x, torch.bool), y, x)
+            x = torch.where(_spread(taken, x, torch.bool), y, x)
             if trace is not None:
                 trace.append(x)
         return x

@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler
 from tiny import SD_SCHEDULE, ddim_scheduler
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
-from toys import KINDS, T4, VP, latents, make, sd
+from toys import KINDS, T4, VP, latents, make, normal, sd
 
 from diffalign.denoiser import Denoiser, flow_sde_step, log_prob
 
@@ -123,6 +123,16 @@ def test_terminal_step_clamped_to_zero_has_a_density() -> None:
     clamped = denoiser.ddim_step(eps, x, 1, max(1 - 50, 0), 1.0, noise)
     assert clamped.std.item() == pytest.approx(0.0206, abs=5e-5)
     assert denoiser.log_prob(clamped.sample, clamped.mean, clamped.std).isfinite().all()
+
+
+def test_steps_are_finite_without_fp64() -> None:
+    denoiser = Denoiser.from_config(SD_SCHEDULE, "v_prediction", zero_terminal_snr=True)
+    denoiser._tables[torch.device("cpu")] = denoiser._table.float()  # as on devices that have no fp64
+    s = torch.arange(-1, 989)
+    x = normal(len(s), 1, 1, 1, dtype=torch.float32)
+    for t in range(989, 1000):
+        mean, std = denoiser.transition(x, x, t, s, eta=1.0)
+        assert mean.isfinite().all() and std.isfinite().all()
 
 
 def test_noise_is_asked_for() -> None:

@@ -28,8 +28,10 @@ def test_sampler_agrees_with_a_diffusers_loop() -> None:
     found = denoiser.sample(predict, start, denoiser.timesteps(10), trace=trace)
     torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-5)
     assert len(trace) == 10 and torch.equal(trace[-1], found)
-    clamped = denoiser.sample(predict, start, denoiser.timesteps(10), last=0)
-    torch.testing.assert_close(clamped, found)  # a_final = a_0 here
+    # a_final = a_0 there: with a_final = 1 the last level makes a difference
+    to_one = sd(set_alpha_to_one=True)
+    torch.testing.assert_close(to_one.sample(predict, start, to_one.timesteps(10), last=0), found)
+    assert not torch.allclose(to_one.sample(predict, start, to_one.timesteps(10)), found, atol=1e-3)
 
 
 def test_stochastic_sampler_uses_the_given_noise() -> None:
@@ -148,6 +150,14 @@ def test_inversion_agrees_with_diffusers() -> None:
             x = theirs.step(predict(x, t.expand(4)), int(t), x).prev_sample
         found = sd(set_alpha_to_one=to_one).invert(predict, x0, 10)
         torch.testing.assert_close(found, x, rtol=1e-4, atol=1e-5)
+
+
+def test_initial_alpha_is_the_signal_share_of_the_clean_image() -> None:
+    a_0, x0, e = float(sd().alphas_cumprod[0]), latents(), latents(seed=1)
+    for convention in ("source", "target"):
+        by_config = sd().invert(lambda x, t: e, x0, 5, convention)  # type: ignore[arg-type]
+        by_value = sd(set_alpha_to_one=True).invert(lambda x, t: e, x0, 5, convention, a_0)  # type: ignore[arg-type]
+        torch.testing.assert_close(by_value, by_config, rtol=1e-12, atol=1e-12)
 
 
 def test_times_told_to_the_network() -> None:

@@ -1,0 +1,165 @@
+"""What every method must hold on the shared trainer, whoever wrote it (DESIGN 11)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from world import Rows, batch_of, every_method, gap, make_context, make_roles, make_trainer, warm, weights
+
+from diffalign.context import draw_noise
+from diffalign.methods.base import Method
+from diffalign.methods.pair import PairMethod
+
+METHODS = every_method()
+NAMES = [type(m).__name__ for m in METHODS]
+PAIRS = [m for m in METHODS if isinstance(m, PairMethod)]
+
+
+@pytest.fixture(params=METHODS, ids=NAMES)
+def method(request: pytest.FixtureRequest) -> Method[Any]:
+    return request.param
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_gradients_reach_exactly_the_roles_of_the_phase(method: Method[Any], checkpointing: bool) -> None:
+    trainer = warm(make_trainer(method, checkpointing=checkpointing))
+    for slot in trainer.slots:
+        trainer.ctx.phase, trainer.ctx.repeat = slot.phase.name, slot.repeat
+        trainer.roles.train_only(slot.phase.trains)
+        loss = method.loss(trainer.ctx, batch_of(trainer), slot.phase)
+        (loss.values * loss.weights).sum().backward()
+        reached = {
+            role
+            for role in trainer.roles.names
+            if any(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in trainer.roles.parameters(role))
+        }
+        assert reached == set(slot.phase.trains)
+        assert all(p.grad is None for n, p in trainer.roles.unet.named_parameters() if "lora" not in n)
+        for role in trainer.roles.names:
+            for p in trainer.roles.parameters(role):
+                p.grad = None
+
+
+def test_batch_equals_a_loop_of_singles(method: Method[Any]) -> None:
+    trainer = warm(make_trainer(method))
+    for slot in trainer.slots:
+        trainer.ctx.phase, trainer.ctx.repeat = slot.phase.name, slot.repeat
+        with torch.no_grad():
+            together = method.loss(trainer.ctx, batch_of(trainer), slot.phase)
+            alone = [method.loss(trainer.ctx, batch_of(trainer, [i]), slot.phase) for i in range(4)]
+        assert together.values.shape == together.weights.shape == (4,)
+        torch.testing.assert_close(together.values, torch.cat([one.values for one in alone]), rtol=1e-4, atol=1e-5)
+        for name, value in together.metrics.items():
+            if value.ndim:
+                torch.testing.assert_close(value, torch.cat([one.metrics[name] for one in alone]), rtol=1e-3, atol=1e-4)
+
+
+# Adam divides by the gradient's own size: with eps far above rounding a gradient near 0 does not become a whole step
+STEADY = {"max_grad_norm": None, "eps": 1e-2}
+
+
+def test_micro_batches_do_not_matter(method: Method[Any]) -> None:
+    whole = warm(make_trainer(method, **STEADY), 3)
+    for micro in (1, 3):
+        parts = warm(make_trainer(method, micro_batch=micro, **STEADY), 3)
+        assert gap(weights(whole), weights(parts)) < 1e-5
+
+
+def test_resume_is_exact(method: Method[Any]) -> None:
+    straight = warm(make_trainer(method, ema=0.9), 5)
+    first = warm(make_trainer(method, ema=0.9), 2)
+    state = copy.deepcopy(first.state())
+    second = make_trainer(method, ema=0.9)
+    second.load(state)
+    warm(second, 3)
+    assert all(torch.equal(a, b) for a, b in zip(weights(straight), weights(second), strict=True))
+    for role in straight.ema:
+        assert all(map(torch.equal, straight.ema[role].shadow, second.ema[role].shadow))
+    assert straight.meter.sums.keys() == second.meter.sums.keys()
+    assert all(torch.equal(straight.meter.sums[k], second.meter.sums[k]) for k in straight.meter.sums)
+
+
+def test_seed_changes_the_trajectory(method: Method[Any]) -> None:
+    one = warm(make_trainer(method), 2)
+    other = make_trainer(method)
+    other.ctx.seed = 1
+    assert gap(weights(one), weights(warm(other, 2))) > 1e-4
+
+
+def test_rows_of_weight_zero_change_nothing(method: Method[Any]) -> None:
+    trainer, padded = make_trainer(method, **STEADY), make_trainer(method, **STEADY)
+    for each, rows in ((trainer, [0, 1]), (padded, [0, 1, 2])):
+        for slot in each.slots:
+            batch = batch_of(each, rows)
+            batch.weight[2:] = 0
+            each.update(slot, [batch])
+    assert gap(weights(trainer), weights(padded)) < 1e-5
+
+
+def test_bf16_stays_finite(method: Method[Any]) -> None:
+    trainer = warm(make_trainer(method, autocast=torch.bfloat16), 3)
+    assert all(bool(torch.isfinite(w).all()) and w.dtype == torch.float32 for w in weights(trainer))
+    assert float(trainer.skipped) == 0
+
+
+def test_fp16_scales_its_losses(method: Method[Any]) -> None:
+    trainer = warm(make_trainer(method, autocast=torch.float16), 3)
+    assert all(scaler.is_enabled() for scaler in trainer.scalers.values())
+    assert all(bool(torch.isfinite(w).all()) for w in weights(trainer))
+
+
+def test_full_copies_train_too(method: Method[Any]) -> None:
+    trainer = make_trainer(method, storage="copies")
+    before = weights(trainer)
+    frozen = {n: p.clone() for n, p in trainer.roles.networks["base"].named_parameters()} if method.needs.reference else {}
+    warm(trainer)
+    assert gap(before, weights(trainer)) > 1e-4
+    assert all(torch.equal(p, frozen[n]) for n, p in trainer.roles.networks["base"].named_parameters()) if frozen else True
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=[type(m).__name__ for m in PAIRS])
+def test_swapping_winner_and_loser_mirrors_the_margin(pair: PairMethod[Any]) -> None:
+    trainer = warm(make_trainer(pair))
+    batch = batch_of(trainer)
+    with torch.no_grad():
+        there = pair.loss(trainer.ctx, batch, pair.phases[0]).metrics
+        batch.latents = {"chosen": batch.latents["rejected"], "rejected": batch.latents["chosen"]}
+        back = pair.loss(trainer.ctx, batch, pair.phases[0]).metrics
+    assert float(there["logit"].abs().min()) > 0
+    torch.testing.assert_close(there["logit"], -back["logit"], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(there["margin"], -back["margin"], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(there["chosen_error"], back["rejected_error"])
+
+
+def test_draws_differ_by_seed_tag_visit_phase_repeat_and_id() -> None:
+    trainer = make_trainer(METHODS[0])
+    batch = batch_of(trainer, [0, 1])
+    shape = (4, 8, 8)
+    reference = draw_noise(0, "noise", "main", 0, batch, shape, 1000)
+    again = draw_noise(0, "noise", "main", 0, batch, shape, 1000)
+    assert torch.equal(reference[0], again[0]) and torch.equal(reference[1], again[1])
+    assert not torch.equal(reference[1][0], reference[1][1])
+    later = trainer.source.load([0, 1], [1, 1])
+    changed = [
+        draw_noise(1, "noise", "main", 0, batch, shape, 1000),
+        draw_noise(2**32, "noise", "main", 0, batch, shape, 1000),  # torch's generators would repeat seed 0 here
+        draw_noise(0, "other", "main", 0, batch, shape, 1000),
+        draw_noise(0, "noise", "critic", 0, batch, shape, 1000),
+        draw_noise(0, "noise", "main", 1, batch, shape, 1000),
+        draw_noise(0, "noise", "main", 0, later, shape, 1000),
+    ]
+    for _, noise in changed:
+        assert not torch.equal(noise, reference[1])
+    _, noise = draw_noise(0, "noise", "main", 0, batch.take([1]), shape, 1000)
+    assert torch.equal(noise[0], reference[1][1])
+
+
+def test_all_times_are_drawn_equally() -> None:
+    rows = Rows(4)
+    context = make_context(make_roles())
+    times = torch.cat([context.draw(rows.batch([0, 1, 2, 3], [v] * 4))[0] for v in range(400)])
+    assert int(times.min()) < 20 and int(times.max()) > 980
+    assert abs(float(times.float().mean()) - 499.5) < 30

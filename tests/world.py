@@ -1,0 +1,158 @@
+"""Trainers on a random tiny U-Net and random latents: what the contract tests run every method in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig
+from tiny import SD_SCHEDULE, tiny_unet
+from torch import Tensor, nn
+
+from diffalign import keyed
+from diffalign.context import Context
+from diffalign.data.batch import Batch, Cond
+from diffalign.data.source import Source
+from diffalign.denoiser import Denoiser
+from diffalign.methods import make_method
+from diffalign.methods.base import Loss, Method, MethodConfig, Needs, Paper, Phase
+from diffalign.recipe import TrainRecipe
+from diffalign.roles import Roles
+from diffalign.trainer import Trainer
+
+WIDTH, TOKENS = 16, 5
+
+
+class Rows:
+    """Random pairs in memory, with what a cache offers to a Source."""
+
+    def __init__(self, n: int = 12, seed: int = 3) -> None:
+        self.ids = [f"row-{i}" for i in range(n)]
+        self.chosen = keyed.normal((n, 4, 8, 8), seed, "chosen")
+        self.rejected = keyed.normal((n, 4, 8, 8), seed, "rejected")
+        self.embeds = keyed.normal((n, TOKENS, WIDTH), seed, "text")
+
+    def batch(self, indices: Sequence[int], visits: Sequence[int], seed: int = 0) -> Batch:
+        rows = list(indices)
+        return Batch(
+            tuple(self.ids[i] for i in rows),
+            tuple(visits),
+            {"chosen": self.chosen[rows], "rejected": self.rejected[rows]},
+            {"prompt": Cond(self.embeds[rows])},
+            {},
+            torch.ones(len(rows)),
+        )
+
+
+def forward(unet: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    dtype = next(unet.parameters()).dtype
+    return unet(x.to(dtype), t, cond.embeds.to(dtype)).sample.float()
+
+
+def make_roles(names: Sequence[str] = ("student",), storage: str = "adapters", **options: Any) -> Roles:
+    torch.manual_seed(1)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=targets) if storage == "adapters" else None
+    return Roles(tiny_unet(cross=WIDTH), forward, names, lora, **options)
+
+
+def make_context(roles: Roles, seed: int = 0, **options: Any) -> Context:
+    uncond = Cond(torch.zeros(1, TOKENS, WIDTH))
+    return Context(roles, Denoiser.from_config(SD_SCHEDULE), seed, torch.device("cpu"), uncond, **options)
+
+
+def make_trainer(
+    method: Method[Any],
+    *,
+    storage: str = "adapters",
+    seed: int = 0,
+    rows: Rows | None = None,
+    checkpointing: bool = False,
+    autocast: torch.dtype | None = None,
+    accelerator: Accelerator | None = None,
+    **train: Any,
+) -> Trainer:
+    settings = TrainRecipe(**{"batch": 4, "lr": 1e-3, "seed": seed, "steps": 100} | train)
+    modules = method.build(None)  # type: ignore[arg-type]
+    names = [role for role in method.roles if role not in modules]
+    roles = make_roles(
+        names, storage, modules=modules, checkpointing=checkpointing, reference=method.needs.reference, seed=seed
+    )
+    rows = rows or Rows()
+    kind = method.needs.batch
+    assert kind in ("pair", "image")
+    source = Source(rows, range(len(rows.ids)), kind, seed, Cond(torch.zeros(1, TOKENS, WIDTH)))  # type: ignore[arg-type]
+    ctx = make_context(roles, seed, autocast=autocast)
+    return Trainer(method, ctx, source, settings, accelerator or Accelerator(cpu=True))
+
+
+def warm(trainer: Trainer, steps: int = 2) -> Trainer:
+    """A few steps, so that no adapter is at its neutral start (LoRA's B is 0 there)."""
+    for _ in range(steps):
+        trainer.train_step()
+    return trainer
+
+
+def batch_of(trainer: Trainer, rows: Sequence[int] = (0, 1, 2, 3)) -> Batch:
+    return trainer.source.load(list(rows), [0] * len(rows))
+
+
+def weights(trainer: Trainer) -> list[Tensor]:
+    return [p.detach().clone() for role in trainer.optimizers for p in trainer.roles.parameters(role)]
+
+
+def gap(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest difference relative to the largest weight."""
+    scale = max(float(x.abs().max()) for x in a)
+    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True)) / scale
+
+
+class TwoRoleConfig(MethodConfig):
+    critic_steps: int = 2
+
+
+class TwoRole(Method[TwoRoleConfig]):
+    """A student and a critic (fake score and head) in turn, as distillation methods are built: two phases, three trained
+    roles, fresh and reused batches, gradients through a frozen role, features by hook."""
+
+    Config = TwoRoleConfig
+    paper = Paper("an alternating method", "0000.00000", "alternation")
+    needs = Needs(batch="image")
+    roles = ("student", "fake", "head")
+    phases = (Phase("critic", ("fake", "head"), "critic_steps"), Phase("student", ("student",), 1, "reuse"))
+
+    def build(self, family: Any) -> dict[str, nn.Module]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(5)
+            return {"head": nn.Sequential(nn.Conv2d(32, 4, 1), nn.SiLU(), nn.Flatten(), nn.Linear(64, 1))}
+
+    def loss(self, ctx: Context, batch: Batch, phase: Phase) -> Loss:
+        cond, head = batch.cond["prompt"], ctx.roles.modules["head"]
+        t, noise = ctx.draw(batch)
+        _, latent = ctx.draw(batch, "generate")
+        last = torch.full_like(t, 999)
+        with torch.set_grad_enabled(phase.name == "student"):
+            x = ctx.denoiser.to_x0(ctx.model("student", latent, last, cond), latent, last)
+        x_t = ctx.denoiser.add_noise(x, noise, t)
+        score = head(ctx.features("fake", x_t, t, cond)).flatten()
+        if phase.name == "critic":
+            real = ctx.denoiser.add_noise(batch.latents["image"], noise, t)
+            truth = head(ctx.features("fake", real, t, cond)).flatten()
+            error = ctx.error("fake", x_t, t, cond, noise)
+            return Loss(error + score.sigmoid() - truth.sigmoid(), batch.weight, {"fake_error": error})
+        with torch.no_grad():
+            gradient = ctx.model("fake", x_t, t, cond) - ctx.model("base", x_t, t, cond)
+        values = (x * gradient).mean((1, 2, 3)) - 0.1 * score.sigmoid()
+        return Loss(values, batch.weight)
+
+
+def every_method() -> list[Method[Any]]:
+    """Each method of the package, and the alternating one of this file."""
+    from diffalign.methods import method_modules
+
+    # beta 5000 turns the rounding of errors near 1 into 1e-3 of a logit; the contract is about everything else
+    moderate = {"dpo": {"beta": 100.0}}
+    found = [make_method(name, moderate.get(name, {})) for name in method_modules()]
+    return [method for method in found if method.needs.batch in ("pair", "image")] + [TwoRole(TwoRoleConfig())]

@@ -24,6 +24,12 @@ def test_alphas_cumprod_of_sd() -> None:
         assert bars[t].item() == pytest.approx(value, abs=5.1e-7), t
 
 
+def test_half_inverse_signal_share() -> None:
+    """Inversion-DPO's weight 1 / (2 a_t): seven digits, more than the table of a_t itself."""
+    t, weight = [0, 12, 480, 720, 948], [0.5004254, 0.5057454, 1.6463930, 7.0369362, 59.2836374]
+    assert (0.5 / sd().alphas_cumprod[t]).tolist() == pytest.approx(weight, abs=6e-8)
+
+
 def test_alpha_sigma_snr_table() -> None:
     rows = [
         (0, 0.999575, 0.029155, 0.02917, 1175.5),

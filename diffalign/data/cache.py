@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -285,11 +286,9 @@ class LatentCache:
 
         self.model.ensure_encoders()
         picture_bytes, prompt_bytes = entry_bytes(self.model, self.recipe)
-        if UNCOND in mine[1]:
-            prompts.write([UNCOND], cond_entry(self.model.uncond()))
-            tick(1)
+        alone = [([UNCOND], cond_entry(self.model.uncond()))] if UNCOND in mine[1] else []
         plain = [texts[key] for key in mine[1] if key != UNCOND]
-        self._write(prompts, encode_prompts(plain, self.model), rows_per_shard(prompt_bytes), tick)
+        self._write(prompts, chain(alone, encode_prompts(plain, self.model)), rows_per_shard(prompt_bytes), tick)
         pieces = encode_pictures([jobs[key] for key in mine[0]], self.model, self.recipe, self.resolution)
         self._write(pictures, pieces, rows_per_shard(picture_bytes), tick)
         self._close([(pictures, lack[0]), (prompts, lack[1])])

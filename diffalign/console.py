@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console as Rich
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 SHOWN = ("loss", "accuracy", "margin", "chosen_error", "rejected_error", "chosen_gain", "rows_per_second", "skipped")
 LINE_EVERY = 15.0  # seconds between lines where there is no terminal
@@ -33,7 +41,7 @@ class Console:
     def say(self, text: str) -> None:
         """One line."""
         if self.shown:
-            self.rich.print(text, markup=False)
+            self.rich.print(text, markup=False, soft_wrap=True)
 
     def counting(self, label: str) -> Callable[[int, int], None]:
         """A function (done, total) that shows how far a piece of work is, at intervals."""

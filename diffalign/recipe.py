@@ -220,6 +220,26 @@ def parse_override(text: str) -> DictConfig:
         raise UserError(f"override '{text}': the value is not valid YAML; quote it") from error
 
 
+def describe_recipe(name: str) -> str:
+    """A built-in recipe's description, without reading the rest of it."""
+    text = resources.files("diffalign.configs").joinpath(f"{name}.yaml").read_text()
+    line = next((row for row in text.splitlines() if row.startswith("description:")), "")
+    return line.partition(":")[2].strip()
+
+
+def data_recipe(overrides: list[str]) -> DataRecipe:
+    """A data section alone, from ``key=value`` texts.
+
+    Raises UserError for an unknown key or a bad value."""
+    from omegaconf import OmegaConf
+
+    data: Any = OmegaConf.to_container(OmegaConf.merge(*[parse_override(text) for text in overrides]))
+    try:
+        return DataRecipe.model_validate(data)
+    except ValidationError as error:
+        raise explain(error, "the data options", known_keys(DataRecipe)) from error
+
+
 def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     """Every dotted key of a recipe section, for hints."""
     keys: list[str] = []

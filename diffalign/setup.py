@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import LoraConfig
 
+from .console import Console
 from .context import Context
 from .data.cache import LatentCache, open_cache
 from .data.readers import read_images, read_pairs
@@ -129,11 +130,11 @@ def build(
     set_determinism(recipe.train)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     device = accelerator.device
-    method = make_method(recipe.method.name, {k: v for k, v in recipe.method.model_dump().items() if k != "name"})
+    method = make_method_of(recipe)
     if method.needs.batch not in {"pair", "image"}:
         raise UserError(f"method '{recipe.method.name}' needs {method.needs.batch} rows, which no reader gives yet")
     rows, report = read_rows(recipe.data, method.needs.batch)
-    say(report.line())
+    say(report.summary())
     model, dtype = load_base(recipe, device)
     overflow = sum(n > 0 for n in model.token_overflow([row.prompt for row in rows]))
     if overflow:
@@ -142,7 +143,7 @@ def build(
         rows,
         model,
         recipe.data,
-        folder / "cache" if recipe.data.cache_dir is None else Path(recipe.data.cache_dir),
+        cache_folder(recipe, folder),
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         barrier=accelerator.wait_for_everyone,
@@ -173,8 +174,51 @@ def build(
     return Parts(recipe, accelerator, model, method, rows, cache, trainer, heldout)
 
 
+def fill_cache(recipe: Recipe, out: Path | None, progress: bool = True) -> LatentCache:
+    """Encode a recipe's rows ahead of time: into the run's folder, ``data.cache_dir``, or ``out`` as a folder of its own.
+
+    Raises UserError as ``build`` does."""
+    device = pick_device(recipe.train.device)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    console = Console(progress)
+    console.quiet(not accelerator.is_main_process)
+    rows, report = read_rows(recipe.data, make_method_of(recipe).needs.batch)
+    console.say(report.summary())
+    model, _ = load_base(recipe, accelerator.device)
+    return open_cache(
+        rows,
+        model,
+        recipe.data,
+        out or cache_folder(recipe, recipe.output_dir()),
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        barrier=accelerator.wait_for_everyone,
+        progress=console.counting("encoding"),
+        flat=out is not None,
+    )
+
+
+def cache_folder(recipe: Recipe, folder: Path) -> Path:
+    """Where the cache lies: ``data.cache_dir``, else inside the run's folder."""
+    return Path(recipe.data.cache_dir) if recipe.data.cache_dir else folder / "cache"
+
+
+def make_method_of(recipe: Recipe) -> Method[Any]:
+    """The recipe's method with its settings."""
+    return make_method(recipe.method.name, {k: v for k, v in recipe.method.model_dump().items() if k != "name"})
+
+
 # settings that may differ between a checkpoint and the run that continues from it
-FREE = ("name", "description", "output", "validate", "train.log_every", "train.save_every", "train.keep", "train.device")
+FREE = (
+    "name",
+    "description",
+    "output",
+    "validate",
+    "train.log_every",
+    "train.save_every",
+    "train.keep",
+    "train.device",
+)
 FREE += ("train.micro_batch", "train.steps", "train.max_nonfinite", "train.winner_guard", "data.encode_batch")
 FREE += ("data.cache_dir", "model.gradient_checkpointing", "model.attention", "model.compile")
 

@@ -63,6 +63,11 @@ class ScorerComparison:
     dropped: int
     pairs: list[Pair] = field(repr=False)
 
+    @property
+    def judges(self) -> bool:
+        """Whether every score is 1 or 0: right or wrong."""
+        return all(value in (0.0, 1.0) for pair in self.pairs for value in (pair.a, pair.b))
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -84,9 +89,15 @@ class Comparison:
         r = s.overall
         low, high = r.win_interval.low, r.win_interval.high
         head = (
-            f"{self.a.label} wins {r.win_rate:.1%} of {r.prompts} prompts against {self.b.label} by {s.scorer} "
-            f"({self.level:.0%} interval {low:.1%} to {high:.1%})."
+            f"{self.a.label} wins {r.win_rate:.1%} of {r.prompts} prompts against {self.b.label} by {s.scorer}"
+            f"{', ties counted one half' if r.tied else ''} ({self.level:.0%} interval {low:.1%} to {high:.1%})."
         )
+        if s.judges:
+            gain = r.gain_interval
+            head += (
+                f" {r.mean_a:.1%} of its images are right, {r.mean_b:.1%} of {self.b.label}'s: {100 * r.gain:+.1f} points "
+                f"({100 * gain.low:+.1f} to {100 * gain.high:+.1f})."
+            )
         if low > 0.5:
             return f"{head} The interval lies above one half: {self.a.label} is better by this scorer."
         if high < 0.5:

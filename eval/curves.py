@@ -1,0 +1,163 @@
+"""Training curves of a run's ``log.jsonl``: which numbers share a panel, and which known picture a run resembles."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+from .plots import WARN, A, B, Curve, curves_svg
+
+LogRow = Mapping[str, object]
+SKIP = {"step", "time", "kind", "epoch", "skipped"}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Numbers that are read together: (key, label, colour)."""
+
+    title: str
+    keys: tuple[tuple[str, str, str], ...]
+    level: float | None = None
+    log: bool = False
+
+
+PANELS = (
+    Panel(
+        "Gain over the base (above 0: lower error)",
+        (("chosen_gain", "winner", A), ("rejected_gain", "loser, raised", WARN)),
+        level=0.0,
+    ),
+    Panel("Denoising error", (("chosen_error", "winner", A), ("rejected_error", "loser", WARN))),
+    Panel("Implicit accuracy", (("accuracy", "accuracy", A),), level=0.5),
+    Panel("Margin", (("margin", "margin", A),), level=0.0),
+    Panel("Loss", (("loss", "loss", A),)),
+    Panel("Scale of the sigmoid's argument", (("logit_abs", "mean |logit|", A), ("saturated", "share above 5", WARN))),
+    Panel("Samples: brightness and saturation", (("brightness", "brightness", A), ("saturation", "saturation", B))),
+    Panel("Learning rate", (("lr", "lr", A),)),
+)
+QUIET = {"logit", "data_share"}  # in the log, but no panel of its own: the panels above say the same
+
+
+def read_log(path: str | Path) -> list[LogRow]:
+    """Rows of a ``log.jsonl`` (or of the one in a run's folder); a last line torn by a kill is left out.
+
+    Raises UserError when there is no such file or a line in the middle is broken."""
+    file = Path(path)
+    file = file / "log.jsonl" if file.is_dir() else file
+    if not file.is_file():
+        raise UserError(f"'{path}' holds no log.jsonl; give the folder of a training run")
+    rows: list[LogRow] = []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"line {number} of '{file}' is not JSON; the log is damaged") from error
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def series(rows: Sequence[LogRow], key: str, kind: str = "train") -> tuple[list[float], list[float]]:
+    """(steps, values) of one logged number; rows without it, and values that are not finite, are left out."""
+    found = [
+        (float(step), float(value))
+        for row in rows
+        if row.get("kind", "train") == kind
+        and isinstance(step := row["step"], int)
+        and isinstance(value := row.get(key), int | float)
+        and math.isfinite(value)
+    ]
+    return [x for x, _ in found], [y for _, y in found]
+
+
+def panels(rows: Sequence[LogRow]) -> list[str]:
+    """SVGs of everything in a log: the known panels first, gradient norms, then whatever else a method logged."""
+    names = {key for row in rows for key, value in row.items() if isinstance(value, int | float)} - SKIP - QUIET
+    norms = sorted(name for name in names if name.startswith("grad_norm"))
+    colours = (A, WARN, B)
+    groups = list(PANELS)
+    if norms:
+        keys = tuple((n, n.removeprefix("grad_norm").strip("/_") or "all", colours[i % 3]) for i, n in enumerate(norms))
+        groups.append(Panel("Gradient norm", keys, log=True))
+    known = {key for group in groups for key, _, _ in group.keys}
+    groups += [Panel(name.replace("_", " "), ((name, name, A),)) for name in sorted(names - known)]
+    drawn = []
+    for place, group in enumerate(groups):
+        curves = []
+        for key, label, colour in group.keys:
+            for kind in ("train", "validate"):
+                steps, values = series(rows, key, kind)
+                if steps:
+                    held = kind == "validate" and key not in ("brightness", "saturation")
+                    curves.append(Curve(f"{label}, held out" if held else label, steps, values, colour, dashed=held))
+        if curves and any(len(curve.steps) > 1 for curve in curves):
+            drawn.append(curves_svg(f"c{place}", group.title, curves, group.level, group.log))
+    return drawn
+
+
+@dataclass(frozen=True)
+class Health:
+    """Which known picture a run resembles: healthy | collapsed | over-optimised | not learning | unclear."""
+
+    verdict: str
+    reason: str
+
+
+def health(rows: Sequence[LogRow]) -> Health:
+    """Read a preference run's curves as a person would, held-out numbers before those of training.
+
+    collapsed: the winner's error rose above the base's by more than a twentieth of it.
+    over-optimised: held-out accuracy fell by 0.1 from its best, or half of the logits are saturated.
+    not learning: held-out accuracy within 0.03 of one half at the end. healthy: above that, winners not worse.
+    """
+    held = any(row.get("kind") == "validate" and "accuracy" in row for row in rows)
+    kind = "validate" if held else "train"
+    accuracy = series(rows, "accuracy", kind)[1]
+    if len(accuracy) < 2:
+        return Health("unclear", "the log holds no preference curves, or too few points to tell")
+    tail = max(1, len(accuracy) // 5)
+
+    def end(key: str, where: str = kind) -> float | None:
+        values = series(rows, key, where)[1]
+        return sum(values[-tail:]) / len(values[-tail:]) if values else None
+
+    where = "held-out" if held else "training"
+    last = end("accuracy") or 0.0
+    gain, error, saturated = end("chosen_gain"), end("chosen_error"), end("saturated", "train")
+    if gain is not None and error and gain < -0.05 * (error + gain):
+        return Health(
+            "collapsed",
+            f"the winner's {where} error is {-gain / (error + gain):.0%} above the base's: it unlearns its images",
+        )
+    if held and max(accuracy) - last > 0.1:
+        return Health(
+            "over-optimised",
+            f"held-out accuracy fell from {max(accuracy):.2f} to {last:.2f}; an earlier checkpoint is better",
+        )
+    if saturated is not None and saturated > 0.5:
+        return Health(
+            "over-optimised",
+            f"{saturated:.0%} of the logits are saturated; lower beta or the learning rate, or stop earlier",
+        )
+    if abs(last - 0.5) <= 0.03:
+        return Health(
+            "not learning",
+            f"{where} accuracy is {last:.2f}: raise the learning rate, beta or the steps, or check the labels",
+        )
+    if last < 0.5:
+        return Health(
+            "not learning", f"{where} accuracy is {last:.2f}, below one half: are winners and losers swapped?"
+        )
+    extra = (
+        ""
+        if gain is None
+        else f" and the winner's error {'fell' if gain >= 0 else 'stayed within 5 %'} against the base"
+    )
+    return Health("healthy", f"{where} accuracy is {last:.2f}{extra}")

@@ -1,0 +1,332 @@
+"""One self-contained HTML page: verdict, tables, pictures side by side, curves, and every convention behind them."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import UserError
+from .compare import Comparison, Pair, ScorerComparison, span
+from .curves import Health, LogRow, health, panels, read_log
+from .plots import gains_svg, histograms_svg
+from .stats import Paired
+
+THUMBNAIL = 384  # longest side of a picture in the page; smaller ones stay as they are
+SHEET = 1600
+PIXELATED = 128  # pictures up to this side are shown with hard pixels
+GRID, EXTREMES = 16, 6
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A picture with a caption, such as a grid of samples at a step."""
+
+    caption: str
+    path: Path
+
+
+@dataclass
+class ReportData:
+    """What a page shows; empty parts are left out.
+
+    ``comparisons``: each of one model (A) against the first (B); the first comparison is the headline, by ``primary``
+    (a scorer; None: the first one that no training looked at). ``log``: rows of a run's log.jsonl. ``facts``: further
+    conventions in words. ``recipe``: YAML text."""
+
+    title: str
+    subtitle: str = ""
+    comparisons: Sequence[Comparison] = ()
+    primary: str | None = None
+    log: Sequence[LogRow] = ()
+    sheets: Sequence[Sheet] = ()
+    facts: dict[str, str] = field(default_factory=dict)
+    recipe: str | None = None
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Two pictures of one prompt, base first."""
+
+    prompt: str
+    base: str | None
+    tuned: str | None
+    scores: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """One comparison, ready for the template."""
+
+    a: str
+    b: str
+    scorer: str
+    rate: str
+    interval: str
+    bar: dict[str, float]
+    verdict: str
+    sentences: list[str]
+    prompts: int
+    rows: list[dict[str, object]]
+    categories: list[dict[str, object]]
+    figures: list[str]
+    grid: list[Tile]
+    best: list[Tile]
+    worst: list[Tile]
+    notes: list[str]
+    pixelated: bool
+
+
+def render_report(data: ReportData) -> str:
+    """The page as text: no network, no scripts, all pictures inside. Raises UserError when there is nothing to show."""
+    from jinja2 import Environment
+
+    if not data.comparisons and not data.log and not data.sheets:
+        raise UserError("there is nothing to report: no comparison, no training log, no samples")
+    template = (resources.files(__package__ or "diffalign.eval") / "report.html.j2").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    sections = [_section(c, data.primary, i) for i, c in enumerate(data.comparisons)]
+    verdict: Health | None = health(data.log) if data.log else None
+    return environment.from_string(template).render(
+        data=data,
+        sections=sections,
+        health=verdict if verdict and verdict.verdict != "unclear" else None,
+        curves=panels(data.log),
+        sheets=[(sheet.caption, _uri(sheet.path, SHEET)) for sheet in data.sheets],
+        facts=_facts(data),
+        fingerprints=_fingerprints(data.comparisons),
+        date=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
+    )
+
+
+def write_report(data: ReportData, path: str | Path) -> Path:
+    """Render into a file. Raises UserError when it cannot be written."""
+    target = Path(path)
+    text = render_report(data)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"report '{path}' cannot be written ({error.strerror}); choose another place") from error
+    return target
+
+
+def write_run_report(run_dir: str | Path, comparisons: Sequence[Comparison] = ()) -> Path:
+    """``report.html`` of a training run's folder, from ``log.jsonl``, ``samples/*.png`` and ``recipe.yaml``.
+
+    Raises UserError when the folder holds neither a log nor samples."""
+    folder = Path(run_dir)
+    recipe = folder / "recipe.yaml"
+    pictures = sorted((folder / "samples").glob("*.png"))
+    # First, last, and evenly between: what changed shows best in few.
+    chosen = [pictures[i] for i in sorted({round(x) for x in np.linspace(0, len(pictures) - 1, min(4, len(pictures)))})]
+    log = read_log(folder) if (folder / "log.jsonl").is_file() else []
+    last = max((row["step"] for row in log if isinstance(row["step"], int)), default=None)
+    data = ReportData(
+        title=folder.resolve().name,
+        subtitle=f"training run, {last} steps" if last is not None else "training run",
+        comparisons=comparisons,
+        log=log,
+        sheets=[Sheet(_sheet_name(path), path) for path in chosen],
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+    )
+    return write_report(data, folder / "report.html")
+
+
+def headline(comparison: Comparison, primary: str | None = None) -> int:
+    """Place of the scorer that speaks first: ``primary``, else the first that was not used in training.
+
+    Raises UserError for a primary scorer that is not there."""
+    names = [s.scorer for s in comparison.scorers]
+    if primary is not None:
+        if primary not in names:
+            raise UserError(f"the primary scorer '{primary}' is not among {', '.join(names)}")
+        return names.index(primary)
+    return next((i for i, s in enumerate(comparison.scorers) if not s.in_loop), 0)
+
+
+def _section(c: Comparison, primary: str | None, place: int) -> Section:
+    first = headline(c, primary)
+    lead = c.scorers[first]
+    r = lead.overall
+    low, high = r.win_interval.low, r.win_interval.high
+    order = [first, *(i for i in range(len(c.scorers)) if i != first)]
+    figures = []
+    for i in order:
+        s = c.scorers[i]
+        if not s.judges:  # a judge's 0 and 1 stand in the table already
+            name = f"s{place}x{i}"
+            pair = (c.a.label, c.b.label)
+            figures.append(
+                histograms_svg(f"{name}h", f"{s.scorer}: scores", [p.a for p in s.pairs], [p.b for p in s.pairs], pair)
+            )
+            figures.append(gains_svg(f"{name}g", f"{s.scorer}: gain a pair", [p.gain for p in s.pairs]))
+    best, worst = _extremes(lead)
+    tiles = _evenly(lead.pairs, GRID)
+    small = _is_small(c, lead.pairs)
+    return Section(
+        a=c.a.label,
+        b=c.b.label,
+        scorer=lead.scorer,
+        rate=f"{100 * r.win_rate:.1f}",
+        interval=f"{100 * low:.1f} to {100 * high:.1f} %",
+        bar={"low": 100 * low, "high": 100 * high, "at": 100 * r.win_rate},
+        verdict="better" if low > 0.5 else "worse" if high < 0.5 else "open",
+        sentences=[c.sentence(i) for i in order],
+        prompts=r.prompts,
+        rows=[row for i in order for row in _rows(c.scorers[i])],
+        categories=[
+            _row(f"{c.scorers[i].scorer}, {name}", part, "main", False, "")
+            for i in order
+            for name, part in c.scorers[i].categories.items()
+        ],
+        figures=figures,
+        grid=_tiles(c, tiles),
+        best=_tiles(c, best),
+        worst=_tiles(c, worst),
+        notes=c.notes,
+        pixelated=small,
+    )
+
+
+def _rows(s: ScorerComparison) -> list[dict[str, object]]:
+    """Table rows of a scorer: overall, then its parts."""
+    rows = [_row(s.scorer, s.overall, "main", s.in_loop, f"{s.holm_p:.2g}")]
+    return rows + [_row(name, part, "part", False, "") for name, part in s.parts.items()]
+
+
+def _row(name: str, r: Paired, kind: str, in_loop: bool, holm_p: str) -> dict[str, object]:
+    low, high = r.win_interval.low, r.win_interval.high
+    return {
+        "name": name,
+        "kind": kind,
+        "in_loop": in_loop,
+        "a": f"{r.mean_a:.4g}",
+        "b": f"{r.mean_b:.4g}",
+        "gain": f"{r.gain:+.3g}",
+        "gain_interval": span(r.gain_interval, "+.3g"),
+        "rate": f"{r.win_rate:.1%}",
+        "rate_interval": f"({100 * low:.1f}, {100 * high:.1f})",
+        "low": 100 * low,
+        "width": max(0.8, 100 * (high - low)),
+        "at": 100 * r.win_rate,
+        "counts": f"{r.won} / {r.tied} / {r.lost}",
+        "p": f"{r.sign_p:.2g}",
+        "holm": holm_p,
+        "n": r.prompts,
+        "verdict": "better" if low > 0.5 else "worse" if high < 0.5 else "open",
+    }
+
+
+def _extremes(s: ScorerComparison) -> tuple[list[Pair], list[Pair]]:
+    """Largest gains and largest losses; pairs without a difference are in neither. Equal ones are spread evenly."""
+    won = sorted((p for p in s.pairs if p.gain > 0), key=lambda p: -p.gain)
+    lost = sorted((p for p in s.pairs if p.gain < 0), key=lambda p: p.gain)
+    return tuple(  # type: ignore[return-value]
+        _evenly(found, EXTREMES) if len({p.gain for p in found}) == 1 else found[:EXTREMES] for found in (won, lost)
+    )
+
+
+def _evenly(pairs: Sequence[Pair], count: int) -> list[Pair]:
+    """``count`` pairs, evenly through the list: nobody picked them."""
+    places = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).round()
+    return [pairs[int(i)] for i in places]
+
+
+def _tiles(c: Comparison, pairs: Sequence[Pair]) -> list[Tile]:
+    scores = [{(p.id, p.k): p for p in s.pairs} for s in c.scorers]
+    judges = {s.scorer for s in c.scorers if s.judges}
+    tiles = []
+    for pair in pairs:
+        found = [
+            (s.scorer, by[pair.id, pair.k]) for s, by in zip(c.scorers, scores, strict=True) if (pair.id, pair.k) in by
+        ]
+        words = " · ".join(f"{name} {_mark(p.b, name in judges)} → {_mark(p.a, name in judges)}" for name, p in found)
+        base, tuned = _uri(c.b.images / pair.image_b), _uri(c.a.images / pair.image_a)
+        tiles.append(Tile(pair.prompt, base, tuned, words))
+    return tiles
+
+
+def _mark(value: float, judge: bool) -> str:
+    """A score as text; a judge's 1 and 0 as right and wrong."""
+    return ("✓" if value else "✗") if judge else f"{value:.3g}".replace("-", "−")
+
+
+def _is_small(c: Comparison, pairs: Sequence[Pair]) -> bool:
+    try:
+        with Image.open(c.b.images / pairs[0].image_b) as image:
+            return max(image.size) <= PIXELATED
+    except OSError:
+        return False
+
+
+def _uri(path: Path, longest: int = THUMBNAIL) -> str | None:
+    """A picture as a data URI: small ones as PNG, large ones shrunk to JPEG. None when unreadable."""
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except OSError:
+        return None
+    stream = io.BytesIO()
+    if max(image.size) <= PIXELATED:
+        image.save(stream, "PNG", optimize=True)
+        kind = "png"
+    else:
+        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+        image.save(stream, "JPEG", quality=88)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _sheet_name(path: Path) -> str:
+    step = path.stem.rpartition("-")[2]
+    return f"step {int(step)}" if step.isdigit() else path.stem
+
+
+def _facts(data: ReportData) -> dict[str, str]:
+    """The conventions in words: what was sampled how, and how the numbers were made."""
+    facts: dict[str, str] = {}
+    if data.comparisons:
+        c = data.comparisons[0]
+        facts["prompts"] = f"{c.prompts} prompts, list sha256 {c.prompts_sha256[:16]}…"
+        for side in [c.b, *(x.a for x in data.comparisons)]:
+            settings = side.sampling.get("settings")
+            if isinstance(settings, dict):
+                shown = {k: v for k, v in settings.items() if v is not None and k != "hashes"}
+                hashes = settings.get("hashes")
+                shown["weights"] = {k: str(v)[:12] for k, v in hashes.items()} if isinstance(hashes, dict) else hashes
+                source = " + ".join(str(side.sampling[k]) for k in ("model", "lora") if side.sampling.get(k))
+                facts[f"sampling of {side.label}"] = f"{source}: {_words(shown)}"
+        facts["win rate"] = (
+            "share of prompts where the image scores higher for the same prompt and noise; seeds are averaged within a "
+            "prompt, ties count one half"
+        )
+        facts["intervals"] = (
+            f"{c.level:.0%}; bootstrap over prompts (BCa, {c.draws} draws, seed {c.seed}, within categories); Wilson's "
+            "where every prompt is a plain win or loss"
+        )
+        facts["tests"] = "exact two-sided sign test over prompts without ties; Holm's correction over the scorers"
+        facts["pictures"] = (
+            "grids are taken evenly through the prompt list, not chosen; extremes are by the headline's scorer"
+        )
+    return facts | data.facts
+
+
+def _words(values: dict[str, object]) -> str:
+    return ", ".join(
+        f"{k} {json.dumps(v) if isinstance(v, dict | list) else v}" for k, v in values.items() if v is not None
+    )
+
+
+def _fingerprints(comparisons: Sequence[Comparison]) -> list[tuple[str, dict[str, str]]]:
+    found = {s.scorer: s.fingerprint for c in comparisons for s in c.scorers}
+    return [(name, {k: v[:16] + "…" if k == "weights" else v for k, v in f.items()}) for name, f in found.items()]

@@ -238,7 +238,7 @@ def compare(
 
     names = scorers.split(",") if scorers else None
     found = run_compare(a, b, scorers=names, in_loop=[n for n in in_loop.split(",") if n])
-    print(json.dumps(found.json(), indent=1)) if as_json else found.render(out())
+    print(found.json()) if as_json else found.render(out())
 
 
 # ---- data ---------------------------------------------------------------------------------------------------------

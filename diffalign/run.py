@@ -166,7 +166,8 @@ class Session:
         if checkpoint:
             if facts["data"] != self.parts.data_fingerprint:
                 raise UserError(
-                    f"checkpoint {checkpoint} was trained on other rows of data.path; put them back, or set another output.dir"
+                    f"checkpoint {checkpoint} was trained on other rows of data.path; put them back, or set another "
+                    "output.dir"
                 )
             self.trainer.load(tensors)
             self.best = BestKeeper(**facts["best"])

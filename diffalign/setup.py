@@ -175,7 +175,7 @@ def build(
 
 
 def fill_cache(recipe: Recipe, out: Path | None, progress: bool = True) -> LatentCache:
-    """Encode a recipe's rows ahead of time: into the run's folder, ``data.cache_dir``, or ``out`` as a folder of its own.
+    """Encode a recipe's rows ahead of time: into the run's folder, ``data.cache_dir``, or ``out``, a folder of its own.
 
     Raises UserError as ``build`` does."""
     device = pick_device(recipe.train.device)
@@ -244,5 +244,5 @@ def check_same_recipe(now: Recipe, then: dict[str, Any], where: Path) -> None:
         if not free and new.get(key) != old.get(key):
             shown = f"{key} was {json.dumps(old.get(key))}, now {json.dumps(new.get(key))}"
             raise UserError(
-                f"checkpoint {where} is of another recipe: {shown}; set it back, or start afresh with another output.dir"
+                f"checkpoint {where} is of another recipe: {shown}; set it back, or set another output.dir to start afresh"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +126,7 @@ def make_plan(recipe: Recipe, world: int = 1) -> Plan:
         steps=recipe.train.steps,
         batch=batch,
         micro_batch=micro,
-        accumulation=-(-(-(-batch // world)) // micro),
+        accumulation=math.ceil(math.ceil(batch / world) / micro),
         epochs=recipe.train.steps * (slots[-1].fresh + 1) * batch / len(rows),
         lr=f"{recipe.train.lr:g}, {recipe.train.schedule}{warmup}; not scaled by batch or processes",
         precision=str(autocast).removeprefix("torch.") if autocast else "float32",

@@ -78,7 +78,6 @@ class DataRecipe(Section):
     cache_dir: str | None = None
     posterior: Literal["mean", "sample"] = "mean"
     encode_batch: Positive = 8
-    reference_visits: Annotated[int, Field(ge=0)] = 0
 
 
 class TrainRecipe(Section):

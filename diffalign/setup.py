@@ -244,5 +244,5 @@ def check_same_recipe(now: Recipe, then: dict[str, Any], where: Path) -> None:
         if not free and new.get(key) != old.get(key):
             shown = f"{key} was {json.dumps(old.get(key))}, now {json.dumps(new.get(key))}"
             raise UserError(
-                f"checkpoint {where} is of another recipe: {shown}; set it back, or set another output.dir to start afresh"
+                f"checkpoint {where} is of another recipe: {shown}; set it back, or start afresh in another output.dir"
             )

@@ -1,4 +1,6 @@
-"""``python -m diffalign.methods.index``: writes index.json from the classes, so that listings import no torch."""
+"""``python -m diffalign.methods.index``: writes index.json and the README's table from the classes.
+
+Listings read the file and so import no torch."""
 
 from __future__ import annotations
 
@@ -35,5 +37,27 @@ def build_index() -> list[dict[str, Any]]:
     return rows
 
 
+START, END = "<!-- methods: written by `make index` -->", "<!-- end of methods -->"
+
+
+def readme_table(rows: list[dict[str, Any]]) -> str:
+    """The methods as a Markdown table."""
+    lines = ["| method | paper | needs | what is implemented |", "|---|---|---|---|"]
+    for row in rows:
+        paper = f"[{row['title']}](https://arxiv.org/abs/{row['arxiv']})"
+        lines.append(f"| `{row['name']}` | {paper} | {row['needs']} | {row['implements']} |")
+    return "\n".join(lines)
+
+
+def with_table(readme: str, rows: list[dict[str, Any]]) -> str:
+    """The README with its table renewed between the two marks."""
+    head, _, rest = readme.partition(START)
+    _, _, tail = rest.partition(END)
+    return f"{head}{START}\n{readme_table(rows)}\n{END}{tail}"
+
+
 if __name__ == "__main__":
-    Path(__file__).with_name("index.json").write_text(json.dumps(build_index(), indent=1) + "\n")
+    found = build_index()
+    Path(__file__).with_name("index.json").write_text(json.dumps(found, indent=1) + "\n")
+    page = Path(__file__).parents[2] / "README.md"
+    page.write_text(with_table(page.read_text(), found))

@@ -45,13 +45,15 @@ test-slow: $(STAMP)
 demo: $(STAMP)
 	@$(BIN)/diffalign demo
 
-# mypy sees the installed layout (eval/ as diffalign.eval, ...) through links
+# All three speak before it fails. mypy sees the installed layout (eval/ as diffalign.eval, ...) through links.
 lint: $(STAMP)
-	@$(BIN)/ruff check
-	@$(BIN)/ruff format --check
 	@rm -rf $(LINKS) && mkdir -p $(LINKS)
 	@ln -s $(CURDIR)/diffalign/* $(foreach part,eval pipelines configs assets,$(CURDIR)/$(part)) $(LINKS)/
-	@$(BIN)/mypy
+	@failed=; \
+	$(BIN)/ruff check || failed=1; \
+	$(BIN)/ruff format --check || failed=1; \
+	$(BIN)/mypy || failed=1; \
+	test -z "$$failed"
 
 assets: $(STAMP)
 	@$(BIN)/python -m diffalign.assets.build

@@ -114,8 +114,8 @@ class TwoRoleConfig(MethodConfig):
 
 
 class TwoRole(Method[TwoRoleConfig]):
-    """A student and a critic (fake score and head) in turn, as distillation methods are built: two phases, three trained
-    roles, fresh and reused batches, gradients through a frozen role, features by hook."""
+    """A student and a critic (fake score and head) in turn, as distillation methods are built: two phases, three
+    trained roles, fresh and reused batches, gradients through a frozen role, features by hook."""
 
     Config = TwoRoleConfig
     paper = Paper("an alternating method", "0000.00000", "alternation")

@@ -56,7 +56,8 @@ class Batch:
 
     ``ids`` and ``visits`` (how often each sample was used before) key every random draw. ``latents`` holds (B, C, h, w)
     in fp32 by name (``chosen``, ``rejected`` or ``image``), ``cond`` by name (``prompt``, ``rejected_prompt``),
-    ``columns`` numbers (B,). ``weight`` (B,) is 0 for padding rows. ``drawn`` holds (t, noise) drawn ahead by the loader.
+    ``columns`` numbers (B,). ``weight`` (B,) is 0 for padding rows. ``drawn`` holds (t, noise)
+    drawn ahead by the loader.
     """
 
     ids: tuple[str, ...]

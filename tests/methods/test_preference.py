@@ -62,7 +62,7 @@ def test_dpo_other_losses() -> None:
     assert at_minimum[1].item() == pytest.approx(-0.5) and at_minimum[0].item() == pytest.approx(1e-4)
     best = dpo_loss(m_w, m_l + 1 / 100, m_w, m_l, beta=100, loss="ipo")
     assert best[1].item() == pytest.approx(0.5) and best[0].item() == pytest.approx(0, abs=1e-15)
-    smooth, u = dpo_loss(*V1, beta=5000, label_smoothing=0.1)
+    smooth, _ = dpo_loss(*V1, beta=5000, label_smoothing=0.1)
     assert smooth.item() == pytest.approx(0.9 * math.log1p(math.exp(-5)) + 0.1 * math.log1p(math.exp(5)))
 
 
@@ -105,8 +105,8 @@ def test_mapo_golden_values() -> None:
         (0.2, 0.1): 2.6375130176,
         (0.3, 0.35): 0.3000007331,
     }
-    for (w, l), expected in pairs.items():
-        assert mapo_loss(t64(w), t64(l))[0].item() == pytest.approx(expected, abs=1e-9)
+    for (winner, loser), expected in pairs.items():
+        assert mapo_loss(t64(winner), t64(loser))[0].item() == pytest.approx(expected, abs=1e-9)
     scores = {0.1: 0.97520832, 0.2: 0.95083319, 1.0: 0.77074704, 0.3: 0.92687430, 0.0: 1.0}
     for m, expected in scores.items():
         assert likelihood_score(t64(m)).item() == pytest.approx(expected, abs=1e-8)

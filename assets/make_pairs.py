@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import json
 import uuid
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from .common import Log, start, to_signed
 from .sampling import load_pipeline, sample
 from .train_clip import embed_images, embed_text
 
-SEED, PROMPTS, SINGLES, CANDIDATES = 6, 2600, 240, 4
-PAIRS, TIES = 2000, 80
+SEED, PROMPTS, SINGLES, CANDIDATES = 6, 1300, 120, 4
+PAIRS, SINGLE_PAIRS, TIES = 2000, 150, 80
 FLIP_FLOOR, FLIP_SCALE = 0.02, 1.0  # P(flip) = floor + (1 - floor) * sigmoid(-scale * score gap)
 FOLDER_PAIRS = 150
 
@@ -72,38 +72,45 @@ def png(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def choose(values: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (P, K) -> rows to keep and for each (better, worse) indices: the widest gaps, and a few near-ties."""
-    best, worst = values.argmax(1), values.argmin(1)
-    gap = values.max(1) - values.min(1)
-    wide = np.argsort(-gap, kind="stable")[: PAIRS - TIES]
-    rest = np.setdiff1d(np.arange(len(values)), wide)
-    close = rest[np.argsort(gap[rest], kind="stable")[:TIES]]
-    rows = rng.permutation(np.concatenate([wide, close]))
-    return rows, np.stack([best, worst], 1)[rows]
+def choose(values: np.ndarray, two: np.ndarray, rng: np.random.Generator) -> list[tuple[int, int, int, bool]]:
+    """Scores (P, K), two objects? (P,) -> (prompt, better, worse, is a tie) in random order.
+
+    Two pairs a prompt: best against worst, and the wider of best against last but one, second against worst. Kept are
+    the widest gaps (a quota of them for single objects) and, as ties, the narrowest of the rest.
+    """
+    pairs = []
+    for p, v in enumerate(values):
+        order = np.argsort(-v, kind="stable")
+        pairs.append((p, int(order[0]), int(order[-1])))
+        others = [(p, int(order[0]), int(order[-2])), (p, int(order[1]), int(order[-1]))]
+        pairs.append(max(others, key=lambda x: v[x[1]] - v[x[2]]))
+    pairs.sort(key=lambda x: values[x[0], x[2]] - values[x[0], x[1]])
+    single = [x for x in pairs if not two[x[0]]][:SINGLE_PAIRS]
+    double = [x for x in pairs if two[x[0]]]
+    kept = single + double[: PAIRS - TIES - SINGLE_PAIRS]
+    marked = [(*x, False) for x in kept] + [(*x, True) for x in double[-TIES:]]
+    return [marked[i] for i in rng.permutation(len(marked))]
 
 
 def make_pairs(folder: Path, samples: Path, pick_folder: Path) -> None:
     """Write ``pickapic.parquet``, ``folder/`` and README.md."""
     rng, log = start(SEED + 1), Log("pairs")
-    data = np.load(samples)
+    data, singles = np.load(samples), scenes.single_scenes()
     prompts, images = [str(p) for p in data["prompts"]], data["images"]
     flat = torch.from_numpy(images.reshape(-1, *images.shape[2:]))
     values = scores(pick_folder, np.repeat(prompts, CANDIDATES).tolist(), flat).reshape(-1, CANDIDATES)
-    rows, which = choose(values, rng)
     table: list[dict[str, Any]] = []
-    counts = {"flipped": 0, "ties": 0}
-    tie_gap = np.sort(
-        np.take_along_axis(values[rows], which[:, :1], 1) - np.take_along_axis(values[rows], which[:, 1:], 1), 0
-    )[TIES - 1, 0]
-    for row, (good, bad) in zip(rows, which, strict=True):
-        gap = values[row, good] - values[row, bad]
-        flip = rng.random() < FLIP_FLOOR + (1 - FLIP_FLOOR) / (1 + np.exp(FLIP_SCALE * gap))
-        label = 0.5 if gap <= tie_gap else float(not flip)
-        counts["ties"] += label == 0.5
-        counts["flipped"] += label == 0.0
+    gaps: list[float] = []
+    flipped = ties = 0
+    for row, good, bad, tie in choose(values, np.array([scenes.parse(p) not in singles for p in prompts]), rng):
+        gaps.append(float(values[row, good] - values[row, bad]))
+        flip = rng.random() < FLIP_FLOOR + (1 - FLIP_FLOOR) / (1 + np.exp(FLIP_SCALE * gaps[-1]))
+        label = 0.5 if tie else float(not flip)
+        flipped, ties = flipped + (label == 0.0), ties + tie
         table.append(_row(prompts[row], png(images[row, good]), png(images[row, bad]), label, len(table), rng))
-    log("labelled", rows=len(table), median_gap=float(np.median(np.ptp(values[rows], 1))), **counts)
+    counts = {"ties": ties, "flipped": flipped}
+    counts = {"ties": int(ties.sum()), "flipped": flipped}
+    log("labelled", rows=len(table), median_gap=float(np.median(gaps)), **counts)
     _write(folder, table, counts)
 
 
@@ -117,7 +124,7 @@ def _row(text: str, good: bytes, bad: bytes, label: float, index: int, rng: np.r
         "are_different": True,
         "best_image_uid": "tie" if label == 0.5 else uids[int(marks[1] > marks[0])],
         "caption": text,
-        "created_at": datetime(2026, 1, 1, tzinfo=timezone.utc) + timedelta(minutes=index),
+        "created_at": datetime(2026, 1, 1, tzinfo=UTC) + timedelta(minutes=index),
         "has_label": True,
         "image_0_uid": uids[0],
         "image_0_url": "",
@@ -181,8 +188,8 @@ def _write_folder(folder: Path, table: list[dict[str, Any]]) -> None:
 
 README = """# tiny-pairs
 
-Preference pairs of the tiny world: pictures sampled from `tiny-sd` (20 DDIM steps, guidance 3, four candidates a
-prompt, best against worst), labelled by `tiny-pickscore` with noise. No prompt is a held-out combination; the oracle
+Preference pairs of the tiny world: pictures sampled from `tiny-sd` (20 DDIM steps, guidance 3, four candidates and
+two pairs a prompt), labelled by `tiny-pickscore` with noise. No prompt is a held-out combination; the oracle
 took no part. Apache-2.0.
 
 `pickapic.parquet`: Pick-a-Pic v2 columns, PNG bytes in `jpg_0` and `jpg_1`.

@@ -102,7 +102,7 @@ def prepare(images: Images) -> torch.Tensor:
     if not isinstance(images, torch.Tensor | np.ndarray):
         tensors = [prepare(np.asarray(im.convert("RGB"))[None]) for im in images]
         return torch.cat(tensors) if tensors else torch.zeros(0, 3, SIZE, SIZE)
-    x = torch.as_tensor(images)
+    x = images if isinstance(images, torch.Tensor) else torch.from_numpy(np.array(images))
     if x.dtype != torch.uint8 or x.ndim != 4:
         raise ValueError(f"the oracle reads uint8 (N, 3, H, W) or (N, H, W, 3), not {x.dtype} {tuple(x.shape)}")
     if x.shape[1] != 3 and x.shape[-1] == 3:

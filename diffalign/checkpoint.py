@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,7 +68,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         facts = json.loads((path / "state.json").read_text())
         tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, EOFError, pickle.UnpicklingError) as error:
         kind = type(error).__name__
         raise UserError(f"'{path}' is no readable checkpoint ({kind}); pass another to --resume") from error
     return tensors, facts

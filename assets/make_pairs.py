@@ -65,10 +65,12 @@ def scores(folder: Path, prompts: list[str], images: torch.Tensor) -> np.ndarray
     return torch.cat(out).double().numpy()
 
 
-def png(image: np.ndarray) -> bytes:
-    """uint8 (3, H, W) -> PNG bytes."""
+def jpeg(image: np.ndarray) -> bytes:
+    """uint8 (3, H, W) -> JPEG bytes, quality 95 without colour subsampling."""
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(buffer, "PNG", optimize=True)
+    Image.fromarray(np.ascontiguousarray(image.transpose(1, 2, 0))).save(
+        buffer, "JPEG", quality=95, subsampling=0, optimize=True
+    )
     return buffer.getvalue()
 
 
@@ -107,9 +109,8 @@ def make_pairs(folder: Path, samples: Path, pick_folder: Path) -> None:
         flip = rng.random() < FLIP_FLOOR + (1 - FLIP_FLOOR) / (1 + np.exp(FLIP_SCALE * gaps[-1]))
         label = 0.5 if tie else float(not flip)
         flipped, ties = flipped + (label == 0.0), ties + tie
-        table.append(_row(prompts[row], png(images[row, good]), png(images[row, bad]), label, len(table), rng))
+        table.append(_row(prompts[row], jpeg(images[row, good]), jpeg(images[row, bad]), label, len(table), rng))
     counts = {"ties": ties, "flipped": flipped}
-    counts = {"ties": int(ties.sum()), "flipped": flipped}
     log("labelled", rows=len(table), median_gap=float(np.median(gaps)), **counts)
     _write(folder, table, counts)
 
@@ -173,16 +174,16 @@ def _write_folder(folder: Path, table: list[dict[str, Any]]) -> None:
     lines = []
     for i, r in enumerate(table):
         order = (0, 1) if r["label_0"] > r["label_1"] else (1, 0)
-        names = [f"images/{i:04d}_{side}.png" for side in ("chosen", "rejected")]
+        names = [f"images/{i:04d}_{side}.jpg" for side in ("chosen", "rejected")]
         for name, k in zip(names, order, strict=True):
             (folder / name).write_bytes(r[f"jpg_{k}"])
         lines.append({"prompt": r["caption"], "chosen": names[0], "rejected": names[1]})
     torn = folder / lines[-3]["rejected"]
     torn.write_bytes(torn.read_bytes()[:400])
-    lines[-2]["rejected"] = "images/missing.png"
-    (folder / "images" / f"{len(table) - 2:04d}_rejected.png").unlink()
+    lines[-2]["rejected"] = "images/missing.jpg"
+    (folder / "images" / f"{len(table) - 2:04d}_rejected.jpg").unlink()
     lines[-1]["rejected"] = lines[-1]["chosen"]
-    (folder / f"images/{len(table) - 1:04d}_rejected.png").unlink()
+    (folder / f"images/{len(table) - 1:04d}_rejected.jpg").unlink()
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
@@ -192,7 +193,7 @@ Preference pairs of the tiny world: pictures sampled from `tiny-sd` (20 DDIM ste
 two pairs a prompt), labelled by `tiny-pickscore` with noise. No prompt is a held-out combination; the oracle
 took no part. Apache-2.0.
 
-`pickapic.parquet`: Pick-a-Pic v2 columns, PNG bytes in `jpg_0` and `jpg_1`.
+`pickapic.parquet`: Pick-a-Pic v2 columns, JPEG bytes in `jpg_0` and `jpg_1`.
 
 | | rows |
 |---|---|

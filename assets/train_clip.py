@@ -16,10 +16,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from . import scenes
 from .common import Log, set_lr, start
 from .scenes import Scene
-from .variants import blended, near_miss, random_blend, worn
+from .variants import ORDER_KINDS, blended, near_miss, random_blend, worn
 
 CLIP_STEPS, CLIP_LR, CLIP_SEED, GROUPS, MEMBERS = 3000, 1e-3, 4, 16, 4
-PICK_STEPS, PICK_LR, PICK_SEED, PICK_BATCH = 1500, 5e-4, 5, 32
+PICK_STEPS, PICK_LR, PICK_SEED, PICK_BATCH = 1200, 5e-4, 5, 32
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
 
@@ -122,7 +122,7 @@ def preference_batch(
     """Prompts, pictures that fit, pictures that do not (float, -1..1): near misses, merged objects, mixtures."""
     drawn = scenes.sample_scenes(count, rng, two=0.85, heldout=heldout)
     good = scenes.render(drawn, rng)
-    bad = scenes.render([near_miss(s, rng) for s in drawn], rng)
+    bad = scenes.render([near_miss(s, rng, ORDER_KINDS) for s in drawn], rng)
     two, kind = np.array([s.second is not None for s in drawn]), rng.random(count)
     merge = two & (kind < 0.3)
     if merge.any():

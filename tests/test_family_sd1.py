@@ -182,6 +182,12 @@ def test_fingerprint_follows_the_weights(tmp_path: Path, tiny_model_folder: Path
     differing = {part for part, value in model.fingerprint().items() if changed[part] != value}
     assert differing == {"vae"}
     assert set(changed) == {"unet", "vae", "text_encoder", "tokenizer"}
+    config = folder / "unet" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "_diffusers_version": "0.1"}))
+    assert load(folder).fingerprint("unet") == model.fingerprint("unet")
+    config.write_text(json.dumps({**values, "sample_size": 16}))
+    assert load(folder).fingerprint("unet") != model.fingerprint("unet")
 
 
 # -- LoRA layers -------------------------------------------------------------------------------------------------------
@@ -271,6 +277,30 @@ def test_fused_loras_become_the_base(tmp_path: Path, tiny_model_folder: Path, mo
     half = load(tiny_model_folder, torch.bfloat16, loras=recipe)
     for name, tensor in reference.unet.state_dict().items():
         assert torch.equal(half.unet.state_dict()[name], tensor.to(torch.bfloat16)), "rounded once, after fusing"
+
+
+def test_a_text_encoder_lora_changes_the_text(tmp_path: Path, tiny_model_folder: Path) -> None:
+    """Also the unconditional branch, which was already encoded before."""
+    pipeline = plain(tiny_model_folder)
+    pipeline.text_encoder.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "out_proj"]))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in pipeline.text_encoder.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    state = get_peft_model_state_dict(pipeline.text_encoder)
+    StableDiffusionPipeline.save_lora_weights(tmp_path, text_encoder_lora_layers=state)
+    fused = load(tiny_model_folder)
+    before = fused.uncond().embeds.clone()
+    fused.fuse_loras([LoraFile(path=str(tmp_path), scale=0.5)])
+    assert not any("lora" in name for name, _ in fused.text_encoder.named_modules())
+    reference = plain(tiny_model_folder)
+    reference.load_lora_weights(tmp_path)
+    reference.fuse_lora(components=["text_encoder"], lora_scale=0.5)
+    embeds, negative = reference.encode_prompt(["a cat"], "cpu", 1, True)
+    torch.testing.assert_close(fused.encode_prompts(["a cat"]).embeds, embeds, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fused.uncond().embeds, negative, atol=1e-5, rtol=1e-5)
+    assert (fused.uncond().embeds - before).abs().max() > 0.05
 
 
 def test_loras_that_cannot_be_fused(tmp_path: Path, tiny_model_folder: Path, model: Model) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -136,11 +137,16 @@ def find_checkpoint(folder: Path, resume: str) -> Path | None:
     return path
 
 
+def is_rank_zero() -> bool:
+    """Whether a launcher made this process the one that speaks; True without a launcher."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def open_folder_for_writing(folder: Path) -> None:
     """Raises UserError when the run's folder cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
+        probe = folder / f".writable-{os.getpid()}"  # each process its own
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -158,9 +164,8 @@ class Session:
         tensors, facts = load_checkpoint(checkpoint) if checkpoint else ({}, {})
         if checkpoint:
             check_same_recipe(recipe, facts["recipe"], checkpoint)
-        self.console = Console(progress)
+        self.console = Console(progress and is_rank_zero())
         self.parts: Parts = build(recipe, self.folder, self.console.say, self.console.counting("encoding"))
-        self.console.quiet(not self.main)
         self.best = BestKeeper()
         self.guard_said = False
         if checkpoint:

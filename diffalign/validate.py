@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -38,6 +39,8 @@ def heldout_metrics(trainer: Trainer, heldout: Source, recipe: ValidateRecipe) -
     ctx, phase = trainer.ctx, trainer.method.phases[-1]
     meter = Meter()
     mine = heldout.indices[trainer.rank :: trainer.world].tolist()
+    padding = not mine  # more processes than rows: every process must know every metric's name
+    mine = mine or heldout.indices[:1].tolist()
     before = ctx.phase, ctx.repeat
     ctx.phase, ctx.repeat = PHASE, 0
     with torch.no_grad(), averaged(trainer):
@@ -45,6 +48,8 @@ def heldout_metrics(trainer: Trainer, heldout: Source, recipe: ValidateRecipe) -
             for start in range(0, len(mine), trainer.micro):
                 rows = mine[start : start + trainer.micro]
                 batch = heldout.load(rows, [draw] * len(rows)).to(ctx.device)
+                if padding:
+                    batch.weight.zero_()
                 loss = trainer.method.loss(ctx, batch, phase)
                 for name, (total, weight) in metric_sums(loss).items():
                     meter.add(name, total, weight)
@@ -81,6 +86,6 @@ class BestKeeper:
 
     def offer(self, step: int, value: float, save: Callable[[], Path]) -> None:
         """Save if this is the best so far."""
-        if self.value is None or value < self.value:
+        if math.isfinite(value) and (self.value is None or value < self.value):
             self.step, self.value = step, value
             save()

@@ -44,7 +44,7 @@ from diffusers import StableDiffusionPipeline
 {% if lora -%}
 pipe = StableDiffusionPipeline.from_pretrained("{{ base }}")
 {%- for fused in loras %}
-pipe.load_lora_weights("{{ fused.path }}"); pipe.fuse_lora(lora_scale={{ fused.scale }}); pipe.unload_lora_weights()
+pipe.load_lora_weights("{{ fused.path }}"{% if fused.weight_name %}, weight_name="{{ fused.weight_name }}"{% endif %}); pipe.fuse_lora(lora_scale={{ fused.scale }}); pipe.unload_lora_weights()
 {%- endfor %}
 pipe.load_lora_weights("PATH/OF/THIS/FOLDER")
 {%- else -%}

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ class RunLog:
 
     def close(self) -> None:
         """End of the run."""
-        self._file.close()
+        with suppress(OSError):  # a full disk was reported by the write; closing would report it again
+            self._file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from .checkpoint import checkpoint_dirs, load_checkpoint, prune, save_checkpoint, write_atomic
 from .console import Console
@@ -65,14 +66,17 @@ class Run:
         """The trained model as a plain diffusers pipeline."""
         from diffusers import StableDiffusionPipeline
 
-        from .families import open_folder
+        from .families import fetch, open_folder
+        from .families.lora import find_lora
 
-        if self.recipe.model.storage == "copies":
+        model = self.recipe.model
+        if model.storage == "copies":
             return StableDiffusionPipeline.from_pretrained(self.model, **options)
-        base = open_folder(self.recipe.model.path, self.recipe.model.revision, self.recipe.model.variant)
-        pipe = StableDiffusionPipeline.from_pretrained(base.path, **options)
-        for lora in self.recipe.model.loras:
-            pipe.load_lora_weights(lora.path, weight_name=lora.weight_name)
+        base = open_folder(model.path, model.revision, model.variant)
+        fetch(base, model.revision)
+        pipe = StableDiffusionPipeline.from_pretrained(base.path, **{"variant": model.variant, **options})
+        for lora in model.loras:
+            pipe.load_lora_weights(str(find_lora(lora.path, lora.weight_name)))
             pipe.fuse_lora(lora_scale=lora.scale)
             pipe.unload_lora_weights()
         pipe.load_lora_weights(self.model)
@@ -168,6 +172,7 @@ class Session:
         self.parts: Parts = build(recipe, self.folder, self.console.say, self.console.counting("encoding"))
         self.best = BestKeeper()
         self.guard_said = False
+        self.saved = -1
         if checkpoint:
             if facts["data"] != self.parts.data_fingerprint:
                 raise UserError(
@@ -252,16 +257,19 @@ class Session:
                             self.save()
                             raise Interrupted(f"interrupted after step {step}; {self.go_on()}")
                         break
+            return self.finish()
         except torch.OutOfMemoryError as error:
             raise RunError(
                 "the GPU is out of memory; lower train.micro_batch (the result stays the same), set "
                 "model.gradient_checkpointing=true, or lower data.resolution or model.lora.rank; " + self.go_on()
             ) from error
+        except (OSError, SafetensorError) as error:  # a full disk shows anywhere: log, samples, export
+            why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise RunError(f"a file of '{self.folder}' could not be written or read: {why}; {self.go_on()}") from error
         finally:
             trainer.close()
             if self.log:
                 self.log.close()
-        return self.finish()
 
     def stop_asked(self, asked: bool) -> bool:
         """One decision of all ranks."""
@@ -351,6 +359,9 @@ class Session:
         """A checkpoint by rank 0; the others wait for it."""
         trainer, folder = self.trainer, self.folder / "checkpoints"
         final = folder / f"step-{trainer.step:06d}"
+        if self.saved == trainer.step:  # as the best one, a moment ago
+            return final
+        state = trainer.state()
         if self.main:
             assert self.log is not None
             self.log.sync()
@@ -360,9 +371,10 @@ class Session:
                 "best": {"step": self.best.step, "value": self.best.value},
                 "recipe": self.recipe.dump(),
             }
-            save_checkpoint(folder, trainer.step, trainer.state(), facts)
+            save_checkpoint(folder, trainer.step, state, facts)
             prune(folder, self.recipe.train.keep, [self.best.step] if self.best.step else [])
         self.parts.accelerator.wait_for_everyone()
+        self.saved = trainer.step
         return final
 
     def finish(self) -> Run:

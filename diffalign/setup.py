@@ -80,7 +80,7 @@ def lora_config(model: Model, recipe: Recipe) -> LoraConfig | None:
     lora = recipe.model.lora
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=lora.rank if lora.alpha is None else lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=model.lora_targets(lora.targets),
     )
@@ -131,6 +131,8 @@ def build(
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     device = accelerator.device
     method = make_method_of(recipe)
+    if recipe.train.batch < accelerator.num_processes:
+        raise UserError(f"train.batch {recipe.train.batch} is less than the {accelerator.num_processes} processes")
     if method.needs.batch not in {"pair", "image"}:
         raise UserError(f"method '{recipe.method.name}' needs {method.needs.batch} rows, which no reader gives yet")
     rows, report = read_rows(recipe.data, method.needs.batch)
@@ -222,6 +224,8 @@ FREE = (
 FREE += ("train.micro_batch", "train.steps", "train.max_nonfinite", "train.winner_guard", "data.encode_batch")
 FREE += ("data.cache_dir", "model.gradient_checkpointing", "model.attention", "model.compile")
 
+BOUND = ("validate.pairs",)  # decides which rows are trained on
+
 
 def flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys and leaves of a nested mapping."""
@@ -238,7 +242,7 @@ def check_same_recipe(now: Recipe, then: dict[str, Any], where: Path) -> None:
     """Raises UserError, naming the first key, when a checkpoint comes from a recipe that trains something else."""
     new, old = flat(now.dump()), flat(then)
     for key in sorted(new.keys() | old.keys()):
-        free = any(key == name or key.startswith(name + ".") for name in FREE)
+        free = key not in BOUND and any(key == name or key.startswith(name + ".") for name in FREE)
         if key == "train.steps" and now.train.schedule != "constant":
             free = False
         if not free and new.get(key) != old.get(key):

@@ -214,14 +214,14 @@ class Trainer:
     # ---- state ------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Everything that an exact continuation needs; no RNG state, since draws are keyed."""
+        """Everything that an exact continuation needs; no RNG state, since draws are keyed. All processes call it."""
         return {
             "step": self.step,
             "roles": {role: self.roles.state_dict(role) for role in self.optimizers},
             "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
             "scalers": {name: scaler.state_dict() for name, scaler in self.scalers.items()},
             "ema": {role: ema.state_dict() for role, ema in self.ema.items()},
-            "meter": self.meter.sums,
+            "meter": {name: self.reduce(value) for name, value in sorted(self.meter.sums.items())},
             "skipped": self.skipped,
         }
 
@@ -236,7 +236,8 @@ class Trainer:
                 scaler.load_state_dict(state["scalers"][name])
         for role, ema in self.ema.items():
             ema.load_state_dict(state["ema"][role])
-        self.meter.sums = {name: value.to(self.ctx.device) for name, value in state["meter"].items()}
+        mine = float(self.rank == 0)  # the sums are of all processes: one of them carries on
+        self.meter.sums = {name: value.to(self.ctx.device) * mine for name, value in state["meter"].items()}
         self.skipped = state["skipped"].to(self.ctx.device)
         self._ahead.clear()
 

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 from .checkpoint import write_atomic
 from .families import save_lora, save_merged
+from .families.lora import find_lora
+from .recipe import LoraFile
 from .validate import averaged
 
 if TYPE_CHECKING:
@@ -42,9 +44,11 @@ Trained with diffalign by **{{ method }}**: {{ paper.title }} (arXiv {{ paper.ar
 from diffusers import StableDiffusionPipeline
 
 {% if lora -%}
-pipe = StableDiffusionPipeline.from_pretrained("{{ base }}")
-{%- for fused in loras %}
-pipe.load_lora_weights("{{ fused.path }}"{% if fused.weight_name %}, weight_name="{{ fused.weight_name }}"{% endif %}); pipe.fuse_lora(lora_scale={{ fused.scale }}); pipe.unload_lora_weights()
+pipe = StableDiffusionPipeline.from_pretrained({{ opened }})
+{%- for source, scale in fused %}
+pipe.load_lora_weights({{ source }})
+pipe.fuse_lora(lora_scale={{ scale }})
+pipe.unload_lora_weights()
 {%- endfor %}
 pipe.load_lora_weights("PATH/OF/THIS/FOLDER")
 {%- else -%}
@@ -108,6 +112,24 @@ def adapter_state(state: dict[str, Any], role: str) -> dict[str, Any]:
     return {name.replace(f".{role}.", "."): value for name, value in state.items()}
 
 
+def local_base(parts: Parts) -> str | None:
+    """Where the base lies, for a folder, a run or a built-in model; None for a hub id."""
+    path = parts.recipe.model.path
+    return str(parts.model.folder.path) if Path(path).expanduser().is_dir() or "/" not in path else None
+
+
+def call_of(source: str, **options: str | None) -> str:
+    """Arguments of a call as Python text, without those that are None."""
+    return ", ".join([json.dumps(source), *(f"{k}={json.dumps(v)}" for k, v in options.items() if v is not None)])
+
+
+def lora_call(lora: LoraFile) -> str:
+    """Arguments of ``load_lora_weights`` for a LoRA that was fused into the base."""
+    if Path(lora.path).expanduser().exists():
+        return call_of(str(find_lora(lora.path, lora.weight_name)))
+    return call_of(lora.path, weight_name=lora.weight_name)
+
+
 def card(parts: Parts, run: Run) -> str:
     """The model card as Markdown."""
     recipe, lora = parts.recipe, parts.trainer.roles.lora is not None
@@ -125,6 +147,7 @@ def card(parts: Parts, run: Run) -> str:
     if lora:
         spec = recipe.model.lora
         table |= {"LoRA rank": spec.rank, "LoRA alpha": spec.alpha or spec.rank, "LoRA targets": spec.targets}
+    base = local_base(parts) or recipe.model.path
     environment = Environment(autoescape=False)  # Markdown, not HTML
     return environment.from_string(CARD).render(
         base=recipe.model.path,
@@ -133,7 +156,8 @@ def card(parts: Parts, run: Run) -> str:
         method=recipe.method.name,
         paper=parts.method.paper,
         lora=lora,
-        loras=recipe.model.loras,
+        opened=call_of(base, revision=recipe.model.revision, variant=recipe.model.variant),
+        fused=[(lora_call(entry), entry.scale) for entry in recipe.model.loras],
         prompt=json.dumps(parts.rows[0].prompt),
         steps=recipe.validate_.steps,
         guidance=recipe.validate_.guidance,

@@ -203,7 +203,7 @@ class Ema:
     """Averages of a role's trainable tensors in fp32; warm-up as in k-diffusion: min(decay, (1 + n) / (10 + n))."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
-        self.parameters = list(parameters)
+        self.parameters: list[Tensor] = list(parameters)
         self.decay = decay
         self.updates = 0
         self.shadow = [p.detach().clone().float() for p in self.parameters]

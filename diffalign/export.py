@@ -133,7 +133,7 @@ def lora_call(lora: LoraFile) -> str:
 def card(parts: Parts, run: Run) -> str:
     """The model card as Markdown."""
     recipe, lora = parts.recipe, parts.trainer.roles.lora is not None
-    held = next((row for row in reversed(run.log) if row["kind"] == "validate"), {})
+    held: dict[str, float] = next((row for row in reversed(run.log) if row["kind"] == "validate"), {})
     table = {
         "steps": run.step,
         "batch": recipe.train.batch,

@@ -401,6 +401,6 @@ def train(
 
 def describe(run: Run) -> str:
     """The last numbers of a run in a line."""
-    last = next((row for row in reversed(run.log) if row["kind"] == "validate"), {})
+    last: dict[str, float] = next((row for row in reversed(run.log) if row["kind"] == "validate"), {})
     shown = {k: round(v, 4) for k, v in last.items() if k in ("loss", "accuracy", "margin", "chosen_gain")}
     return json.dumps(shown)

@@ -216,14 +216,11 @@ FREE = (
     "description",
     "output",
     "validate",
-    "train.log_every",
-    "train.save_every",
-    "train.keep",
-    "train.device",
+    *(f"train.{key}" for key in ("steps", "micro_batch", "device", "log_every", "save_every", "keep")),
+    *(f"train.{key}" for key in ("max_nonfinite", "winner_guard")),
+    *(f"data.{key}" for key in ("cache_dir", "encode_batch")),
+    *(f"model.{key}" for key in ("attention", "compile", "gradient_checkpointing")),
 )
-FREE += ("train.micro_batch", "train.steps", "train.max_nonfinite", "train.winner_guard", "data.encode_batch")
-FREE += ("data.cache_dir", "model.gradient_checkpointing", "model.attention", "model.compile")
-
 BOUND = ("validate.pairs",)  # decides which rows are trained on
 
 

@@ -81,10 +81,7 @@ class Trainer:
         self.optimizers = {r: make_optimizer(recipe, self.roles.parameters(r), r) for r in trained}
         self.ema = {r: Ema(self.roles.parameters(r), recipe.ema) for r in trained} if recipe.ema else {}
         scaled = ctx.autocast == torch.float16
-        self.scalers = {
-            phase.name: torch.amp.GradScaler(ctx.device.type, enabled=scaled)
-            for phase in method.phases  # type: ignore[attr-defined]
-        }
+        self.scalers = {phase.name: torch.amp.GradScaler(ctx.device.type, enabled=scaled) for phase in method.phases}
         self.skipped = torch.zeros((), device=ctx.device)
         self.waited = 0.0
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")

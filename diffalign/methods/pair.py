@@ -102,25 +102,19 @@ class PairMethod(Method[P], Generic[P]):
 
     def errors(self, ctx: Context, noised: Noised) -> PairErrors:
         """Student's (with gradient) and base's errors, measured where ``error_space`` says."""
-        scale = self._scale(ctx, noised)
+        # offline sheet 0.12: what makes an error of v, x0 or flow one of the noise
+        scale = ctx.denoiser.eps_error_scale(noised.t) if self.config.error_space == "epsilon" else 1.0
         residual = ctx.model("student", noised.x_t, noised.t, noised.cond) - noised.target.float()
         chosen, rejected = (residual.square().mean((1, 2, 3)) * scale).chunk(2)
         if self.config.safeguard is not None:
-            factor = loser_scale(*residual.chunk(2), self.config.safeguard, self.config.safeguard_scope)
+            winner, loser = residual.chunk(2)
+            factor = loser_scale(winner, loser, self.config.safeguard, self.config.safeguard_scope)
             rejected = factor * rejected + (1 - factor) * rejected.detach()
         if not self.needs.reference:
             return PairErrors(chosen, rejected, None, None)
         with torch.no_grad():
             base = ctx.error("base", noised.x_t, noised.t, noised.cond, noised.target) * scale
         return PairErrors(chosen, rejected, *base.chunk(2))
-
-    def _scale(self, ctx: Context, noised: Noised) -> Tensor:
-        """Factor (2B,) from the network's error to the noise error (offline sheet 0.12)."""
-        kind = ctx.denoiser.prediction
-        if self.config.error_space == "network" or kind == "epsilon":
-            return torch.ones((), device=noised.x_t.device)
-        alpha = ctx.denoiser.alpha(noised.t).flatten().square()
-        return alpha / ctx.denoiser.sigma(noised.t).flatten().square() if kind == "sample" else alpha
 
     def loss(self, ctx: Context, batch: Batch, phase: Phase) -> Loss:
         """Values and curves of one micro-batch."""

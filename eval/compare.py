@@ -95,8 +95,8 @@ class Comparison:
         if s.judges:
             gain = r.gain_interval
             head += (
-                f" {r.mean_a:.1%} of its images are right, {r.mean_b:.1%} of {self.b.label}'s: {100 * r.gain:+.1f} points "
-                f"({100 * gain.low:+.1f} to {100 * gain.high:+.1f})."
+                f" {r.mean_a:.1%} of its images are right, {r.mean_b:.1%} of {self.b.label}'s: "
+                f"{100 * r.gain:+.1f} points ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})."
             )
         if low > 0.5:
             return f"{head} The interval lies above one half: {self.a.label} is better by this scorer."

@@ -89,7 +89,7 @@ def panels(rows: Sequence[LogRow]) -> list[str]:
     known = {key for group in groups for key, _, _ in group.keys}
     groups += [Panel(name.replace("_", " "), ((name, name, A),)) for name in sorted(names - known)]
     drawn = []
-    for place, group in enumerate(groups):
+    for group in groups:
         curves = []
         for key, label, colour in group.keys:
             for kind in ("train", "validate"):
@@ -98,7 +98,7 @@ def panels(rows: Sequence[LogRow]) -> list[str]:
                     held = kind == "validate" and key not in ("brightness", "saturation")
                     curves.append(Curve(f"{label}, held out" if held else label, steps, values, colour, dashed=held))
         if curves and any(len(curve.steps) > 1 for curve in curves):
-            drawn.append(curves_svg(f"c{place}", group.title, curves, group.level, group.log))
+            drawn.append(curves_svg(group.title, curves, group.level, group.log))
     return drawn
 
 
@@ -114,7 +114,7 @@ def health(rows: Sequence[LogRow]) -> Health:
     """Read a preference run's curves as a person would, held-out numbers before those of training.
 
     collapsed: the winner's error rose above the base's by more than a twentieth of it.
-    over-optimised: held-out accuracy fell by 0.1 from its best, or half of the logits are saturated.
+    over-optimised: held-out accuracy fell by 0.1 from a best above 0.55, or half of the logits are saturated.
     not learning: held-out accuracy within 0.03 of one half at the end. healthy: above that, winners not worse.
     """
     held = any(row.get("kind") == "validate" and "accuracy" in row for row in rows)
@@ -136,7 +136,7 @@ def health(rows: Sequence[LogRow]) -> Health:
             "collapsed",
             f"the winner's {where} error is {-gain / (error + gain):.0%} above the base's: it unlearns its images",
         )
-    if held and max(accuracy) - last > 0.1:
+    if held and max(accuracy) > 0.55 and max(accuracy) - last > 0.1:
         return Health(
             "over-optimised",
             f"held-out accuracy fell from {max(accuracy):.2f} to {last:.2f}; an earlier checkpoint is better",

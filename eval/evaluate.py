@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from ..errors import UserError
 from .compare import Comparison, compare
 from .curves import read_log
 from .prompts import Prompt, prompts_sha256, read_prompts
+from .report import Mean, ReportData, Sheet, headline, write_report
+from .rows import ScoreFile, read_score_file
 from .score import ScoreResult, score_images
 from .scorers import load_scorers, parse_scorers
+from .stats import bootstrap
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,8 +60,7 @@ class Evaluation:
     models: list[ModelSpec]
     scores: dict[str, ScoreResult]
     comparisons: list[Comparison]
-    report: Path | None
-    notes: list[str] = field(default_factory=list)
+    report: Path
 
     def render(self, console: Console) -> None:
         """Tables and verdicts for a person."""
@@ -66,10 +70,7 @@ class Evaluation:
                 result.render(console)
         for comparison in self.comparisons:
             comparison.render(console)
-        for note in self.notes:
-            console.print(f"note: {note}", highlight=False, markup=False)
-        if self.report:
-            console.print(f"report: {self.report}", highlight=False, markup=False)
+        console.print(f"report: {self.report}", highlight=False, markup=False)
 
 
 def parse_model(text: str) -> ModelSpec:
@@ -144,7 +145,6 @@ def evaluate(
         UserError: bad models, prompts, scorers or settings.
     """
     from ..pipelines.sample import SampleSpec, sample
-    from .report import ReportData, headline, write_report
 
     specs = parse_models(models)
     names = parse_scorers(scorers)
@@ -180,18 +180,35 @@ def evaluate(
         comparisons.append(found)
     _write_summary(folder, specs, wanted, scores, settings)
     source = _run_folder(run, specs)
-    report = None
-    if comparisons or source:
-        data = ReportData(
-            title=title or " and ".join([first.label, *(s.label for s in specs[1:])]),
-            subtitle=f"{len(wanted)} prompts, {settings.per_prompt} image{'s' * (settings.per_prompt > 1)} each",
-            comparisons=comparisons,
-            primary=primary,
-            log=read_log(source) if source else [],
-            notes=[note for result in scores.values() for note in result.notes],
-        )
-        report = write_report(data, folder / "report.html")
-    return Evaluation(folder, specs, scores, comparisons, report)
+    files = {spec.label: read_score_file(folder / spec.label) for spec in specs}
+    data = ReportData(
+        title=title or " and ".join(spec.label for spec in specs),
+        subtitle=f"{len(wanted)} prompts, {settings.per_prompt} image{'s' * (settings.per_prompt > 1)} each",
+        comparisons=comparisons,
+        means={label: {name: _mean(file, name) for name in names} for label, file in files.items()},
+        gallery=[] if comparisons else _gallery(files[first.label]),
+        primary=primary,
+        log=read_log(source) if source else [],
+        notes=[f"{label}: {note}" for label, result in scores.items() for note in result.notes],
+    )
+    return Evaluation(folder, specs, scores, comparisons, write_report(data, folder / "report.html"))
+
+
+def _mean(file: ScoreFile, scorer: str) -> Mean:
+    """Mean over prompts of the mean over seeds."""
+    by_prompt: dict[str, list[float]] = {}
+    for row in file.rows:
+        if row.scorer == scorer and row.value is not None:
+            by_prompt.setdefault(row.id, []).append(row.value)
+    values = np.array([np.mean(found) for found in by_prompt.values()])
+    return Mean(float(values.mean()), bootstrap(values), len(values))
+
+
+def _gallery(file: ScoreFile) -> list[Sheet]:
+    images = list({row.image: row for row in file.rows}.values())
+    places = np.linspace(0, len(images) - 1, min(24, len(images))).round()
+    folder = file.path.parent / (file.meta.folder or ".")
+    return [Sheet(images[int(i)].prompt, folder / images[int(i)].image) for i in places]
 
 
 def _run_folder(run: str | Path | None, specs: Sequence[ModelSpec]) -> Path | None:

@@ -1,22 +1,17 @@
-"""Figures of the report as inline SVG whose colours are CSS variables, so that they follow light and dark."""
+"""Figures of the report as inline SVG, drawn here: small, instant, and coloured by CSS variables for light and dark."""
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from html import escape
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-# Stand-ins that matplotlib draws with, and the CSS variables that take their place.
-INK, FAINT, A, B, WARN = "#010101", "#020202", "#030303", "#040404", "#050505"
-VARIABLES = {INK: "var(--ink-2)", FAINT: "var(--line)", A: "var(--a)", B: "var(--b)", WARN: "var(--warn)"}
+A, B, WARN, INK, LINE = "var(--a)", "var(--b)", "var(--warn)", "var(--ink-2)", "var(--line)"
+WIDTH, HEIGHT = 400, 236
+LEFT, RIGHT, TOP, BOTTOM = 50, 392, 48, 212  # the plotting area; title and legend stand above it
 MAX_RAW = 120  # points of a curve above which a running mean is drawn over it
 
 
@@ -31,107 +26,151 @@ class Curve:
     dashed: bool = False
 
 
-def figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """An empty figure in the report's style; inches at 72 dots."""
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(width, height), layout="constrained")
-    ax = fig.add_subplot()
-    ax.spines[["top", "right"]].set_visible(False)
-    for spine in ax.spines.values():
-        spine.set_color(FAINT)
-    ax.tick_params(which="both", colors=INK, labelsize=8.5, length=3, color=FAINT)
-    ax.grid(axis="y", color=FAINT, linewidth=0.6)
-    ax.set_axisbelow(True)
-    return fig, ax
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About ``count`` round numbers from ``low`` to ``high``, both inside or on the rim."""
+    raw = (high - low) / max(1, count - 1)
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * (1 - 1e-9))
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def to_svg(fig: Figure, name: str, alt: str) -> str:
-    """An <svg> element. ``name`` keeps its inner ids apart from those of other figures; equal data give equal text."""
-    import matplotlib
-
-    stream = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-        fig.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None})
-    text = stream.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"""font: (\S+) [^;"]*""", r"font: \1 system-ui, sans-serif", text)
-    text = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    for colour, variable in VARIABLES.items():
-        text = text.replace(colour, variable)
-    text = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", text, count=1)
-    return text.replace("<svg", f'<svg role="img" aria-label="{alt}"', 1)
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times powers of ten between two positive numbers; powers alone over more than three decades."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    factors = (1,) if math.log10(high / low) > 3 else (1, 2, 5)
+    return [m * 10.0**p for p in powers for m in factors if low <= m * 10.0**p <= high]
 
 
-def curves_svg(name: str, title: str, curves: Sequence[Curve], level: float | None = None, log: bool = False) -> str:
+class Figure:
+    """A plot in the making: axes from the data's range, then marks on top of them."""
+
+    def __init__(self, title: str, x: tuple[float, float], y: tuple[float, float], log: bool = False) -> None:
+        self.title, self.parts, self.legend = title, [], []  # type: str, list[str], list[tuple[str, str, bool]]
+        self.x = _widen(*x, 0.02)
+        self.log = log
+        self.y = (y[0] / 1.15, y[1] * 1.15) if log else _widen(*y, 0.06)
+        self.to_x = _scale(*self.x, LEFT, RIGHT)
+        low, high = (math.log(self.y[0]), math.log(self.y[1])) if log else self.y
+        scale = _scale(low, high, BOTTOM, TOP)
+        self.to_y: Callable[[float], float] = (lambda v: scale(math.log(v))) if log else scale
+        for value in log_ticks(*self.y) if log else ticks(*self.y):
+            at = self.to_y(value)
+            self.parts.append(f'<path d="M{LEFT} {at:.1f}H{RIGHT}" stroke="{LINE}"/>')
+            self.parts.append(f'<text x="{LEFT - 6}" y="{at + 3.5:.1f}" text-anchor="end">{number(value)}</text>')
+        for value in ticks(*self.x, 6):
+            at = self.to_x(value)
+            self.parts.append(f'<path d="M{at:.1f} {BOTTOM}v4" stroke="{INK}"/>')
+            self.parts.append(f'<text x="{at:.1f}" y="{BOTTOM + 16}" text-anchor="middle">{number(value)}</text>')
+        self.parts.append(f'<path d="M{LEFT} {BOTTOM}H{RIGHT}" stroke="{INK}" opacity=".5"/>')
+
+    def line(self, x: Sequence[float], y: Sequence[float], style: str) -> None:
+        """A line through points; ``style``: further SVG attributes."""
+        points = " ".join(f"{self.to_x(a):.1f},{self.to_y(b):.1f}" for a, b in zip(x, y, strict=True))
+        self.parts.append(f'<polyline points="{points}" fill="none" stroke-linejoin="round" {style}/>')
+
+    def dots(self, x: Sequence[float], y: Sequence[float], colour: str) -> None:
+        """A dot a point."""
+        for a, b in zip(x, y, strict=True):
+            self.parts.append(f'<circle cx="{self.to_x(a):.1f}" cy="{self.to_y(b):.1f}" r="2.2" fill="{colour}"/>')
+
+    def bars(self, edges: np.ndarray, counts: np.ndarray, colour: str, opacity: float) -> None:
+        """A histogram."""
+        floor = self.to_y(0)
+        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
+            if count:
+                left, top = self.to_x(low), self.to_y(count)
+                size = f'width="{self.to_x(high) - left:.1f}" height="{floor - top:.1f}"'
+                self.parts.append(
+                    f'<rect x="{left:.1f}" y="{top:.1f}" {size} fill="{colour}" fill-opacity="{opacity}" '
+                    f'stroke="{colour}" stroke-width=".8"/>'
+                )
+
+    def rule(self, colour: str, x: float | None = None, y: float | None = None, dash: str = "4 3") -> None:
+        """A thin line across the whole plot at one x or one y."""
+        path = f"M{self.to_x(x):.1f} {TOP}V{BOTTOM}" if x is not None else f"M{LEFT} {self.to_y(y or 0):.1f}H{RIGHT}"
+        self.parts.append(f'<path d="{path}" stroke="{colour}" stroke-width="1.2" stroke-dasharray="{dash}"/>')
+
+    def svg(self) -> str:
+        """The finished <svg> element."""
+        head = [f'<text x="8" y="16" class="title">{escape(self.title)}</text>']
+        at = 8.0
+        for label, colour, dashed in self.legend:
+            dash = ' stroke-dasharray="4 2.5"' if dashed else ""
+            head.append(f'<path d="M{at:.0f} 31h14" stroke="{colour}" stroke-width="2.4"{dash}/>')
+            head.append(f'<text x="{at + 18:.0f}" y="34.5">{escape(label)}</text>')
+            at += 32 + 5.7 * len(label)
+        label = escape(self.title, quote=True)
+        return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(head + self.parts)}</svg>'
+
+
+def curves_svg(title: str, curves: Sequence[Curve], level: float | None = None, log: bool = False) -> str:
     """A panel of training curves over steps. ``level``: a thin line at a value that means something."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    fig, ax = figure(4, 2.3)
+    flat = [v for c in curves for v in c.values] + ([] if level is None else [level])
+    steps = [s for c in curves for s in c.steps]
+    figure = Figure(title, (min(steps), max(steps)), (min(flat), max(flat)), log and min(flat) > 0)
     if level is not None:
-        ax.axhline(level, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
+        figure.rule(INK, y=level, dash="2 3")
     for curve in curves:
         x, y = np.asarray(curve.steps, float), np.asarray(curve.values, float)
-        style = (0, (4, 2)) if curve.dashed else "-"
         if len(x) > MAX_RAW and not curve.dashed:
-            ax.plot(x, y, color=curve.colour, linewidth=0.6, alpha=0.25)
+            figure.line(x.tolist(), y.tolist(), f'stroke="{curve.colour}" stroke-width=".7" opacity=".28"')
             window = max(3, len(x) // 30)
             x, y = _running(x, window), _running(y, window)
-        marker = "o" if len(x) < 15 else None
-        ax.plot(
-            x, y, color=curve.colour, linewidth=1.6, linestyle=style, label=curve.label, marker=marker, markersize=2.5
-        )
-    if log and all(v > 0 for c in curves for v in c.values):
-        ax.set_yscale("log")
-        for axis in (ax.yaxis.set_major_formatter, ax.yaxis.set_minor_formatter):
-            axis(FuncFormatter(lambda value, _: f"{value:g}"))
-        ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    else:
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}".replace("-", "−")))
-    ax.set_title(title, fontsize=10.5, color=INK, loc="left")
-    if len(curves) > 1:
-        if not log:
-            low, high = ax.get_ylim()
-            ax.set_ylim(top=high + (0.14 + 0.1 * (len(curves) > 2)) * (high - low))  # room for the legend
-        ax.legend(fontsize=8, frameon=False, labelcolor=INK, ncols=min(2, len(curves)), loc="upper left")
-    return to_svg(fig, name, title)
+        dash = 'stroke-dasharray="5 3"' if curve.dashed else ""
+        figure.line(x.tolist(), y.tolist(), f'stroke="{curve.colour}" stroke-width="1.8" {dash}')
+        if len(x) < 15:
+            figure.dots(x.tolist(), y.tolist(), curve.colour)
+        figure.legend.append((curve.label, curve.colour, curve.dashed))
+    return figure.svg()
 
 
-def histograms_svg(name: str, title: str, a: Sequence[float], b: Sequence[float], labels: tuple[str, str]) -> str:
-    """Scores of both sides over one axis, as steps."""
-    fig, ax = figure(4, 2.3)
+def histograms_svg(title: str, a: Sequence[float], b: Sequence[float], labels: tuple[str, str]) -> str:
+    """Scores of both sides over one axis, with their means."""
     low, high = min(*a, *b), max(*a, *b)
-    bins = np.linspace(low, high if high > low else low + 1, int(np.clip(len(a) ** 0.5, 8, 40)) + 1).tolist()
-    for values, colour, label, fill in ((b, B, labels[1], 0.25), (a, A, labels[0], 0.25)):
-        ax.hist(values, bins, color=colour, alpha=fill)
-        ax.hist(
-            values, bins, histtype="step", color=colour, linewidth=1.4, label=f"{label}, mean {np.mean(values):.4g}"
-        )
-        ax.axvline(float(np.mean(values)), color=colour, linewidth=1.2, linestyle=(0, (3, 2)))
-    ax.set_title(title, fontsize=10.5, color=INK, loc="left")
-    ax.set_ylim(top=ax.get_ylim()[1] * 1.3)  # room for the legend
-    ax.legend(fontsize=8, frameon=False, labelcolor=INK, loc="upper left", ncols=2)
-    return to_svg(fig, name, title)
+    edges = np.linspace(low, high if high > low else low + 1, int(np.clip(len(a) ** 0.5, 8, 40)) + 1)
+    counts_a, counts_b = np.histogram(a, edges)[0], np.histogram(b, edges)[0]
+    figure = Figure(title, (float(edges[0]), float(edges[-1])), (0, float(max(counts_a.max(), counts_b.max()))))
+    for values, counts, colour, label in ((b, counts_b, B, labels[1]), (a, counts_a, A, labels[0])):
+        figure.bars(edges, counts, colour, 0.3)
+        figure.rule(colour, x=float(np.mean(values)))
+        figure.legend.append((f"{label}, mean {number(float(np.mean(values)))}", colour, False))
+    return figure.svg()
 
 
-def gains_svg(name: str, title: str, gains: Sequence[float]) -> str:
-    """Gains a prompt: left of zero lost, right of it won."""
-    fig, ax = figure(4, 2.3)
-    reach = max(1e-9, float(np.abs(gains).max()))
-    half = np.linspace(0, reach, int(np.clip(len(gains) ** 0.5 / 2, 5, 20)) + 1)
-    bins = np.concatenate([-half[:0:-1], half]).tolist()
-    values = np.asarray(gains)
-    ax.hist(values[values < 0], bins, color=WARN, alpha=0.7, label=f"lost {int((values < 0).sum())}")
-    ax.hist(values[values > 0], bins, color=A, alpha=0.7, label=f"won {int((values > 0).sum())}")
-    ax.axvline(0, color=INK, linewidth=0.8)
-    ax.axvline(
-        float(values.mean()), color=INK, linewidth=1.2, linestyle=(0, (3, 2)), label=f"mean {values.mean():+.3g}"
-    )
-    ax.set_title(title, fontsize=10.5, color=INK, loc="left")
-    ax.set_ylim(top=ax.get_ylim()[1] * 1.3)
-    ax.legend(fontsize=8, frameon=False, labelcolor=INK, loc="upper left", ncols=3)
-    return to_svg(fig, name, title)
+def gains_svg(title: str, gains: Sequence[float]) -> str:
+    """Gains a pair: left of zero lost, right of it won."""
+    values = np.asarray(gains, float)
+    reach = max(1e-9, float(np.abs(values).max()))
+    half = np.linspace(0, reach, int(np.clip(len(values) ** 0.5 / 2, 5, 20)) + 1)
+    edges = np.concatenate([-half[:0:-1], half])
+    won, lost = np.histogram(values[values > 0], edges)[0], np.histogram(values[values < 0], edges)[0]
+    figure = Figure(title, (-reach, reach), (0, float(max(1, won.max(), lost.max()))))
+    figure.bars(edges, lost, WARN, 0.55)
+    figure.bars(edges, won, A, 0.55)
+    figure.rule(INK, x=0.0, dash="none")
+    figure.rule(INK, x=float(values.mean()))
+    tied = int((values == 0).sum())
+    figure.legend = [(f"lost {int(lost.sum())}", WARN, False), (f"won {int(won.sum())}", A, False)]
+    figure.legend += [(f"mean {number(float(values.mean()), sign=True)}" + f", tied {tied}" * (tied > 0), INK, True)]
+    return figure.svg()
+
+
+def number(value: float, sign: bool = False) -> str:
+    """A short number with a true minus."""
+    return f"{value:{'+' if sign else ''}.4g}".replace("-", "−").replace("e−0", "e−").replace("e+0", "e")
+
+
+def _widen(low: float, high: float, share: float) -> tuple[float, float]:
+    if high <= low:
+        pad = abs(low) * 0.1 or 1.0
+        return low - pad, high + pad
+    pad = share * (high - low)
+    return (low - pad if low != 0 or share < 0.05 else low), high + pad
+
+
+def _scale(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
+    return lambda value: start + (value - low) / (high - low) * (stop - start)
 
 
 def _running(values: np.ndarray, window: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from ..errors import UserError
 from .compare import Comparison, Pair, ScorerComparison, span
 from .curves import Health, LogRow, health, panels, read_log
 from .plots import gains_svg, histograms_svg
-from .stats import Paired
+from .stats import Interval, Paired
 
 THUMBNAIL = 384  # longest side of a picture in the page; smaller ones stay as they are
 SHEET = 1600
@@ -34,17 +34,28 @@ class Sheet:
     path: Path
 
 
+@dataclass(frozen=True)
+class Mean:
+    """A mean over prompts with its bootstrap interval, and how many prompts had a score."""
+
+    value: float
+    interval: Interval
+    prompts: int
+
+
 @dataclass
 class ReportData:
     """What a page shows; empty parts are left out.
 
     ``comparisons``: each of one model (A) against the first (B); the first comparison is the headline, by ``primary``
     (a scorer; None: the first one that no training looked at). ``log``: rows of a run's log.jsonl. ``facts``: further
-    conventions in words. ``recipe``: YAML text."""
+    conventions in words. ``recipe``: YAML text. ``means``: by model and scorer. ``gallery``: pictures with captions."""
 
     title: str
     subtitle: str = ""
     comparisons: Sequence[Comparison] = ()
+    means: dict[str, dict[str, Mean]] = field(default_factory=dict)
+    gallery: Sequence[Sheet] = ()
     primary: str | None = None
     log: Sequence[LogRow] = ()
     sheets: Sequence[Sheet] = ()
@@ -90,16 +101,20 @@ def render_report(data: ReportData) -> str:
     """The page as text: no network, no scripts, all pictures inside. Raises UserError when there is nothing to show."""
     from jinja2 import Environment
 
-    if not data.comparisons and not data.log and not data.sheets:
+    if not (data.comparisons or data.log or data.sheets or data.means):
         raise UserError("there is nothing to report: no comparison, no training log, no samples")
     template = (resources.files(__package__ or "diffalign.eval") / "report.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    sections = [_section(c, data.primary, i) for i, c in enumerate(data.comparisons)]
+    sections = [_section(c, data.primary) for c in data.comparisons]
     verdict: Health | None = health(data.log) if data.log else None
     return environment.from_string(template).render(
         data=data,
         sections=sections,
         health=verdict if verdict and verdict.verdict != "unclear" else None,
+        means=[(label, [found.get(name) for name in _columns(data.means)]) for label, found in data.means.items()],
+        mean_names=_columns(data.means),
+        pixelated=bool(data.gallery) and _is_small(data.gallery[0].path),
+        gallery=[(sheet.caption, _uri(sheet.path)) for sheet in data.gallery],
         curves=panels(data.log),
         sheets=[(sheet.caption, _uri(sheet.path, SHEET)) for sheet in data.sheets],
         facts=_facts(data),
@@ -154,7 +169,7 @@ def headline(comparison: Comparison, primary: str | None = None) -> int:
     return next((i for i, s in enumerate(comparison.scorers) if not s.in_loop), 0)
 
 
-def _section(c: Comparison, primary: str | None, place: int) -> Section:
+def _section(c: Comparison, primary: str | None) -> Section:
     first = headline(c, primary)
     lead = c.scorers[first]
     r = lead.overall
@@ -164,15 +179,14 @@ def _section(c: Comparison, primary: str | None, place: int) -> Section:
     for i in order:
         s = c.scorers[i]
         if not s.judges:  # a judge's 0 and 1 stand in the table already
-            name = f"s{place}x{i}"
-            pair = (c.a.label, c.b.label)
             figures.append(
-                histograms_svg(f"{name}h", f"{s.scorer}: scores", [p.a for p in s.pairs], [p.b for p in s.pairs], pair)
+                histograms_svg(
+                    f"{s.scorer}: scores", [p.a for p in s.pairs], [p.b for p in s.pairs], (c.a.label, c.b.label)
+                )
             )
-            figures.append(gains_svg(f"{name}g", f"{s.scorer}: gain a pair", [p.gain for p in s.pairs]))
+            figures.append(gains_svg(f"{s.scorer}: gain a pair", [p.gain for p in s.pairs]))
     best, worst = _extremes(lead)
     tiles = _evenly(lead.pairs, GRID)
-    small = _is_small(c, lead.pairs)
     return Section(
         a=c.a.label,
         b=c.b.label,
@@ -194,7 +208,7 @@ def _section(c: Comparison, primary: str | None, place: int) -> Section:
         best=_tiles(c, best),
         worst=_tiles(c, worst),
         notes=c.notes,
-        pixelated=small,
+        pixelated=_is_small(c.b.images / lead.pairs[0].image_b),
     )
 
 
@@ -261,9 +275,13 @@ def _mark(value: float, judge: bool) -> str:
     return ("✓" if value else "✗") if judge else f"{value:.3g}".replace("-", "−")
 
 
-def _is_small(c: Comparison, pairs: Sequence[Pair]) -> bool:
+def _columns(means: dict[str, dict[str, Mean]]) -> list[str]:
+    return list(dict.fromkeys(name for found in means.values() for name in found))
+
+
+def _is_small(path: Path) -> bool:
     try:
-        with Image.open(c.b.images / pairs[0].image_b) as image:
+        with Image.open(path) as image:
             return max(image.size) <= PIXELATED
     except OSError:
         return False

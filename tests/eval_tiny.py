@@ -72,5 +72,5 @@ def write_samples(folder: Path, prompts: Sequence[str], per_prompt: int = 1, siz
             category = "even" if i % 2 == 0 else "odd"
             rows.append({"id": f"p{i:03d}", "prompt": prompt, "category": category, "k": k, "seed": k, "image": name})
     (folder / "manifest.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "sample.json").write_text(json.dumps({"steps": 20, "guidance": 7.5, "scheduler": "ddim", "seed": 0}))
+    (folder / "sample.json").write_text(json.dumps({"model": "m", "settings": {"steps": 20, "seed": 0}}))
     return folder

@@ -53,7 +53,7 @@ def test_rows_say_everything(samples: Path, clip: Path, tmp_path: Path) -> None:
     want = scorer(pictures, [r.prompt for r in file.rows if r.scorer == "pickscore"]).tolist()
     assert [r.value for r in file.rows if r.scorer == "pickscore"] == pytest.approx(want, abs=1e-4)
     assert file.meta.scorers["pickscore"] == scorer.fingerprint and file.meta.complete
-    assert file.meta.prompts == 10 and file.meta.images == 20 and file.meta.sampling["steps"] == 20
+    assert file.meta.prompts == 10 and file.meta.images == 20 and file.meta.sampling["settings"] == {"steps": 20, "seed": 0}
     assert any("truncated" in r.flags for r in file.rows) == any(scorer.truncated(PROMPTS))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from importlib import resources
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from .errors import UserError, nearest
 
@@ -21,7 +22,14 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 class Section(BaseModel):
     """Base of every recipe section: unknown keys are refused, values are checked again on assignment."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false are no value here")
+        return value
 
 
 class LoraRecipe(Section):
@@ -148,7 +156,7 @@ class Recipe(Section):
     validate_: ValidateRecipe = Field(default_factory=ValidateRecipe, alias="validate")
     output: OutputRecipe = Field(default_factory=OutputRecipe)
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=(), populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)  # the rest as in every section
 
     @model_validator(mode="after")
     def _divides(self) -> Recipe:
@@ -189,19 +197,27 @@ def read_yaml(source: str) -> DictConfig:
     if source.endswith((".yaml", ".yml")):
         if not Path(source).is_file():
             raise UserError(f"recipe file '{source}' does not exist; check the path or see `diffalign recipes`")
-        text = Path(source).read_text()
+        text = _read_text(source)
     elif source in builtin_recipes():
         text = resources.files("diffalign.configs").joinpath(f"{source}.yaml").read_text()
     else:
         raise UserError(f"unknown recipe '{source}'{nearest(source, builtin_recipes())}")
     try:
-        data = OmegaConf.create(text)
-    except (YAMLError, OmegaConfBaseException) as error:
+        data = OmegaConf.load(StringIO(text))
+    except (YAMLError, OmegaConfBaseException, OSError) as error:  # OSError: a lone scalar
         where = " ".join(str(error).split())
         raise UserError(f"recipe '{source}' is not valid YAML: {where}") from error
     if not isinstance(data, DictConfig):
         raise UserError(f"recipe '{source}' holds no mapping; a recipe has the keys model, method, data, train")
     return data
+
+
+def _read_text(source: str) -> str:
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"recipe file '{source}' cannot be read ({reason}); give a UTF-8 YAML file") from error
 
 
 def parse_override(text: str) -> DictConfig:
@@ -251,20 +267,36 @@ def known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
+def _key(loc: tuple[int | str, ...]) -> str:
+    """The dotted key of a fault, without the names that pydantic gives to the members of a union."""
+    return ".".join(str(p) for p in loc if isinstance(p, int) or not ("[" in p or p in {"str", "float", "int"}))
+
+
+def _hint(where: str, keys: list[str]) -> str:
+    """The nearest key: one of the same name in another section, else a similar one, else those beside it."""
+    parent, _, last = where.rpartition(".")
+    for key in keys:
+        if key.rpartition(".")[2] == last:
+            return f"; did you mean '{key}'?"
+    close = nearest(where, keys)
+    return close if "did you mean" in close else nearest(where, [k for k in keys if k.rpartition(".")[0] == parent])
+
+
 def explain(error: ValidationError, source: str, keys: list[str], prefix: str = "") -> UserError:
     """The first fault of a failed validation as one line."""
-    fault = error.errors()[0]
-    where = prefix + ".".join(str(part) for part in fault["loc"])
-    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    faults = error.errors()
+    fault, where = faults[0], prefix + _key(faults[0]["loc"])
+    others = len({_key(f["loc"]) for f in faults}) - 1
+    more = f" ({others} more)" if others else ""
     if fault["type"] == "extra_forbidden":
-        return UserError(f"unknown key '{where}' in {source}{nearest(where, keys)}{more}")
-    if fault["type"] == "missing":
+        return UserError(f"unknown key '{where}' in {source}{_hint(where, keys)}{more}")
+    if fault["type"] == "missing" and isinstance(fault["loc"][-1], str):
         return UserError(f"{source} lacks '{where}'; set it, for example {where}=...{more}")
     given = json.dumps(fault.get("input"), default=str)
     message = fault["msg"].removeprefix("Value error, ")
-    where = f"'{where}'" if where else "the recipe"
+    where = f"'{where}' in {source}" if where else source
     shown = f", got {given}" if len(given) < 80 else ""
-    return UserError(f"{where} in {source}: {message[0].lower()}{message[1:]}{shown}{more}")
+    return UserError(f"{where}: {message[0].lower()}{message[1:]}{shown}{more}")
 
 
 def load_recipe(source: str | Path | Recipe, overrides: list[str] | None = None, **values: Any) -> Recipe:
@@ -309,7 +341,7 @@ def load_recipe(source: str | Path | Recipe, overrides: list[str] | None = None,
     try:
         config.model_validate(options)
     except ValidationError as error:
-        raise explain(error, label, ["method." + k for k in known_keys(config)], "method.") from error
+        raise explain(error, label, [*("method." + k for k in known_keys(config)), *keys], "method.") from error
     return recipe
 
 

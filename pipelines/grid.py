@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-GAP, PAPER, INK = 4, (255, 255, 255), (20, 20, 20)
+GAP, LINE, PAPER, INK = 4, 16, (255, 255, 255), (20, 20, 20)
 
 
 def grid(
@@ -19,7 +19,7 @@ def grid(
 
     Args:
         columns: default: as near to a square as it goes.
-        labels: one text above each image, cut to the cell's width.
+        labels: one text above each image, in at most two lines of the cell's width.
         upscale: whole factor, nearest neighbour. Default: what brings a small image to about 192 pixels.
 
     Raises:
@@ -37,21 +37,33 @@ def grid(
     ]
     width, height = max(im.width for im in scaled), max(im.height for im in scaled)
     font = ImageFont.load_default(size=12)
-    head = 18 if labels else 0
+    texts = [_lines(label, width, font) for label in labels or []]
+    head = LINE * max((len(text) for text in texts), default=0)
     rows = -(-len(images) // columns)
     cell = (width + GAP, height + head + GAP)
     sheet = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, image in enumerate(scaled):
         x, y = GAP + (number % columns) * cell[0], GAP + (number // columns) * cell[1]
-        if labels:
-            draw.text((x, y), _fit(labels[number], width, font), fill=INK, font=font)
+        for line, text in enumerate(texts[number] if texts else []):
+            draw.text((x, y + line * LINE), text, fill=INK, font=font)
         sheet.paste(image, (x, y + head))
     return sheet
 
 
-def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    text = " ".join(text.split())
+def _lines(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, most: int = 2) -> list[str]:
+    """The text broken at words into at most ``most`` lines; what does not fit ends in an ellipsis."""
+    lines: list[str] = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".lstrip()
+        if len(lines) < most and lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [_cut(line, width, font) for line in lines]
+
+
+def _cut(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

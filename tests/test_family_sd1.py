@@ -165,10 +165,13 @@ def test_a_hub_id_is_found_in_the_local_cache(
 
 
 def test_builtin_models_open_by_name() -> None:
+    assert "tiny-sd" in builtin_models()
     for name in builtin_models():
         assert detect(ModelRecipe(path=name))[0].path.name == name
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"does not exist.*did you mean 'tiny-sd'"):
         open_folder("tiny-sdd")
+    model = load("tiny-sd")
+    assert model.encode_prompts(["a red circle"]).embeds.shape[-1] == model.unet.config.cross_attention_dim
 
 
 def test_fingerprint_follows_the_weights(tmp_path: Path, tiny_model_folder: Path, model: Model) -> None:

@@ -320,8 +320,9 @@ def test_grid_places_images_and_labels() -> None:
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     tiles = [Image.new("RGB", (8, 8), colour) for colour in colours]
     sheet = grid(tiles, columns=2, labels=["one", "two", "a very long label that does not fit its cell"], upscale=4)
-    assert sheet.size == (2 * 36 + 4, 2 * (32 + 18 + 4) + 4)
-    assert [sheet.getpixel(at) for at in ((20, 38), (56, 38), (20, 92))] == colours
+    assert sheet.size == (2 * 36 + 4, 2 * (32 + 2 * 16 + 4) + 4), "two lines of text above each image"
+    assert [sheet.getpixel(at) for at in ((20, 52), (56, 52), (20, 120))] == colours
+    assert sheet.crop((4, 4, 36, 36)).getextrema()[0][0] < 100, "the label is there"
     assert grid(tiles[:1]).size == (4 + 192 + 4, 4 + 192 + 4), "small images are enlarged"
     assert grid([Image.new("L", (512, 512))]).size == (520, 520)
     with pytest.raises(ValueError, match="at least one"):

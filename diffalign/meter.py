@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -31,13 +32,14 @@ class Meter:
         self.sums[name] = self.sums[name] + pair if name in self.sums else pair
 
     def read(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """Means since the last reading, over all processes; names that saw no weight are left out."""
+        """Means since the last reading, over all processes; those without weight or not finite are left out."""
         if not self.sums:
             return {}
         names = sorted(self.sums)
         table = reduce(torch.stack([self.sums[n] for n in names])).tolist()
         self.sums = {}
-        return {name: total / weight for name, (total, weight) in zip(names, table, strict=True) if weight > 0}
+        means = {name: total / weight for name, (total, weight) in zip(names, table, strict=True) if weight > 0}
+        return {name: mean for name, mean in means.items() if math.isfinite(mean)}  # JSON knows no others
 
 
 class RunLog:

@@ -49,9 +49,12 @@ class Parts:
 
     @property
     def data_fingerprint(self) -> str:
-        """Hash of what is trained on: the rows' ids in order and the cache's fingerprint."""
-        ids = "\n".join(row.id for row in self.rows)
-        return hashlib.sha256(f"{ids}\n{self.cache.fingerprint}".encode()).hexdigest()[:16]
+        """Hash of what is trained on: the rows in order (id, prompt, pictures) and the cache's fingerprint."""
+        digest = hashlib.sha256(self.cache.fingerprint.encode())
+        for row in self.rows:
+            pictures = " ".join(ref.content_hash() for ref in row.images.values())
+            digest.update(f"\n{row.id} {pictures} {row.prompt}".encode())
+        return digest.hexdigest()[:16]
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

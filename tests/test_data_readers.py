@@ -362,13 +362,13 @@ def test_missing_column_names_the_nearest(tmp_path: Path) -> None:
     columns = picks([1.0])
     del columns["label_0"]
     pq.write_table(pa.table(columns), tmp_path / "x.parquet")
-    with pytest.raises(UserError, match="x.parquet' has no column 'label_0'"):
+    with pytest.raises(UserError, match=r"x.parquet' has no column 'label_0'"):
         read_pairs(recipe(tmp_path / "x.parquet"))
 
 
 def test_nothing_usable_says_why(tmp_path: Path) -> None:
     write_folder(tmp_path, pairs(tie=lambda i: True))
-    with pytest.raises(UserError, match="no usable pair in .*: 7 rows, 0 usable; left out: 7 tie"):
+    with pytest.raises(UserError, match=r"no usable pair in .*: 7 rows, 0 usable; left out: 7 tie"):
         read_pairs(recipe(tmp_path))
     (tmp_path / "metadata.jsonl").write_text("")
     with pytest.raises(UserError, match="no row in"):

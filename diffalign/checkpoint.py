@@ -49,10 +49,11 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Any], facts: dic
             file.flush()
             os.fsync(file.fileno())
         write_atomic(temporary / "state.json", json.dumps(facts, indent=1) + "\n")
-        if final.exists():
-            _remove(final)
+        old = _hide(final) if final.exists() else None
         os.replace(temporary, final)
         _sync_folder(folder)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         full = isinstance(error, RuntimeError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -78,17 +79,17 @@ def prune(folder: Path, keep: int, spare: Sequence[int] = ()) -> None:
     """Remove all but the newest ``keep`` checkpoints, the steps in ``spare``, and leavings of broken writes."""
     for path in checkpoint_dirs(folder)[:-keep]:
         if int(path.name[len(PREFIX) :]) not in spare:
-            _remove(path)
+            shutil.rmtree(_hide(path), ignore_errors=True)
     for leaving in folder.glob(".tmp-*"):
         shutil.rmtree(leaving, ignore_errors=True)
 
 
-def _remove(path: Path) -> None:
-    """Out of sight first, so that a kill in the middle leaves no half checkpoint under its name."""
+def _hide(path: Path) -> Path:
+    """Out of sight before it is deleted, so that a kill in the middle leaves no half checkpoint under its name."""
     hidden = path.with_name(f".tmp-old-{path.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     os.replace(path, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    return hidden
 
 
 def _sync_folder(folder: Path) -> None:

@@ -28,7 +28,7 @@ class Panel:
 PANELS = (
     Panel(
         "Gain over the base (above 0: lower error)",
-        (("chosen_gain", "winner", A), ("rejected_gain", "loser, raised", WARN)),
+        (("chosen_gain", "winner", A), ("rejected_gain", "loser (raised)", WARN)),
         level=0.0,
     ),
     Panel("Denoising error", (("chosen_error", "winner", A), ("rejected_error", "loser", WARN))),
@@ -96,7 +96,7 @@ def panels(rows: Sequence[LogRow]) -> list[str]:
                 steps, values = series(rows, key, kind)
                 if steps:
                     held = kind == "validate" and key not in ("brightness", "saturation")
-                    curves.append(Curve(f"{label}, held out" if held else label, steps, values, colour, dashed=held))
+                    curves.append(Curve(label, steps, values, colour, dashed=held))
         if curves and any(len(curve.steps) > 1 for curve in curves):
             drawn.append(curves_svg(group.title, curves, group.level, group.log))
     return drawn

@@ -26,7 +26,7 @@ class Curve:
     dashed: bool = False
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
+def ticks(low: float, high: float, count: int = 6) -> list[float]:
     """About ``count`` round numbers from ``low`` to ``high``, both inside or on the rim."""
     raw = (high - low) / max(1, count - 1)
     power = 10.0 ** math.floor(math.log10(raw))
@@ -121,7 +121,10 @@ def curves_svg(title: str, curves: Sequence[Curve], level: float | None = None, 
         figure.line(x.tolist(), y.tolist(), f'stroke="{curve.colour}" stroke-width="1.8" {dash}')
         if len(x) < 15:
             figure.dots(x.tolist(), y.tolist(), curve.colour)
-        figure.legend.append((curve.label, curve.colour, curve.dashed))
+        if not curve.dashed or not any(c.label == curve.label and not c.dashed for c in curves):
+            figure.legend.append((curve.label, curve.colour, curve.dashed))
+    if any(curve.dashed for curve in curves):
+        figure.legend.append(("held out", INK, True))
     return figure.svg()
 
 

@@ -120,7 +120,7 @@ def test_figures_are_svg_with_css_colours() -> None:
 
 
 def test_axes() -> None:
-    assert ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1] and ticks(-0.0021, 0.0043) == [-0.002, 0, 0.002, 0.004]
+    assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1] and ticks(-0.0021, 0.0043) == [-0.002, 0, 0.002, 0.004]
     assert ticks(13, 611, 6) == [200, 400, 600] and log_ticks(0.4, 3) == [0.5, 1, 2] and log_ticks(1, 1e5)[-1] == 1e5
     line = curves_svg("t", [Curve("a", [0, 10], [1.0, 3.0])])
     (x0, y0), (x1, y1) = (map(float, p.split(",")) for p in re.findall(r'points="([^"]+)"', line)[0].split())

@@ -53,7 +53,11 @@ def test_rows_say_everything(samples: Path, clip: Path, tmp_path: Path) -> None:
     want = scorer(pictures, [r.prompt for r in file.rows if r.scorer == "pickscore"]).tolist()
     assert [r.value for r in file.rows if r.scorer == "pickscore"] == pytest.approx(want, abs=1e-4)
     assert file.meta.scorers["pickscore"] == scorer.fingerprint and file.meta.complete
-    assert file.meta.prompts == 10 and file.meta.images == 20 and file.meta.sampling["settings"] == {"steps": 20, "seed": 0}
+    assert (
+        file.meta.prompts == 10
+        and file.meta.images == 20
+        and file.meta.sampling["settings"] == {"steps": 20, "seed": 0}
+    )
     assert any("truncated" in r.flags for r in file.rows) == any(scorer.truncated(PROMPTS))
 
 
@@ -81,29 +85,41 @@ score.score_images(sys.argv[1], None, sys.argv[3:], sys.argv[2], batch=3, device
 """
 
 
-@pytest.mark.parametrize("name", ["s.jsonl", "s.parquet"])
-def test_killed_and_resumed_is_equal(samples: Path, clip: Path, tmp_path: Path, name: str) -> None:
-    whole, torn = tmp_path / "whole" / name, tmp_path / "torn" / name
-    run(samples, whole, both(clip))
-    log = torn if torn.suffix == ".jsonl" else torn.with_suffix(".partial.jsonl")
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(samples), str(torn), *both(clip)])
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (log.is_file() and log.read_text().count("\n") >= 6):
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+def check_resumed(samples: Path, clip: Path, torn: Path, whole: Path, log: Path) -> None:
+    """What a kill left in ``log``, with a line cut in the middle, ends as if nothing had happened."""
     lines = log.read_text().count("\n")
     assert 6 <= lines < 40
     with pytest.raises(UserError, match=r"unfinished|does not exist"):
         read_score_file(torn)
-    with log.open("a") as stream:  # and the last line was cut in the middle
+    with log.open("a") as stream:
         stream.write('{"id": "p009", "prom')
     result = run(samples, torn, both(clip))
     assert result.reused == lines and result.scored == 40 - lines  # type: ignore[attr-defined]
-    if torn.suffix == ".jsonl":
-        assert torn.read_bytes() == whole.read_bytes()
     assert read_rows(torn) == read_rows(whole) and meta_path(torn).read_bytes() == meta_path(whole).read_bytes()
     assert sorted(p.name for p in torn.parent.iterdir()) == sorted(p.name for p in whole.parent.iterdir())
+
+
+def test_killed_and_resumed_is_equal(samples: Path, clip: Path, tmp_path: Path) -> None:
+    whole, torn = tmp_path / "whole" / "s.jsonl", tmp_path / "torn" / "s.jsonl"
+    run(samples, whole, both(clip))
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(samples), str(torn), *both(clip)])
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not (torn.is_file() and torn.read_text().count("\n") >= 6):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    check_resumed(samples, clip, torn, whole, torn)
+    assert torn.read_bytes() == whole.read_bytes()
+
+
+def test_cut_parquet_goes_on_from_its_log(samples: Path, clip: Path, tmp_path: Path) -> None:
+    whole, torn = tmp_path / "whole" / "s.parquet", tmp_path / "torn" / "s.parquet"
+    run(samples, whole, both(clip))
+    torn.parent.mkdir()
+    log = torn.with_suffix(".partial.jsonl")
+    log.write_text("".join(row.json() + "\n" for row in read_rows(whole)[:17]))
+    meta_path(torn).write_text(meta_path(whole).read_text().replace('"complete": true', '"complete": false'))
+    check_resumed(samples, clip, torn, whole, log)
 
 
 def test_a_changed_image_a_new_scorer_and_new_weights(samples: Path, clip: Path, tmp_path: Path) -> None:

@@ -231,3 +231,16 @@ def test_oracle() -> None:
         oracle([golden(32, 32)], "an astronaut")
     with pytest.raises(UserError, match="no gradients"):
         oracle.reward(torch.rand(1, 3, 32, 32), "a red circle")
+
+
+@pytest.mark.parametrize("name", ["tiny-clip", "tiny-pickscore"])
+def test_shipped_scorers_know_the_tiny_world(name: str) -> None:
+    from diffalign.assets.scenes import render, single_prompts, single_scenes
+
+    scorer = load_scorer(name, device="cpu")
+    assert type(scorer) is (Clip if name == "tiny-clip" else PickScore)
+    prompts = single_prompts()
+    pictures = [Image.fromarray(pixels) for pixels in render(single_scenes(), np.random.default_rng(0))]
+    assert not any(scorer.truncated(prompts))
+    right, wrong = scorer(pictures, prompts), scorer(pictures, prompts[1:] + prompts[:1])
+    assert float((right > wrong).float().mean()) > 0.9

@@ -341,7 +341,7 @@ def test_kill_9_and_resume(tiny_model_folder: Path, model: Model, tmp_path: Path
 
 
 def test_processes_share_the_work(folder: Path, model: Model, tmp_path: Path) -> None:
-    """Two ranks in threads with a real barrier."""
+    """Two ranks in threads with a real barrier, one of them slow."""
     import threading
 
     meet = threading.Barrier(2, timeout=60)
@@ -350,7 +350,11 @@ def test_processes_share_the_work(folder: Path, model: Model, tmp_path: Path) ->
     found: dict[int, LatentCache] = {}
 
     def work(rank: int) -> None:
-        found[rank] = open_cache(rows, model, data, tmp_path, rank=rank, world=2, barrier=meet.wait)
+        def barrier() -> None:
+            meet.wait()
+            time.sleep(0.5 * rank)  # the second is late: what the first wrote meanwhile must not change the shares
+
+        found[rank] = open_cache(rows, model, data, tmp_path, rank=rank, world=2, barrier=barrier)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 1)]
     for thread in threads:

@@ -62,22 +62,7 @@ def read_pairs(recipe: DataRecipe, progress: Progress | None = None) -> PairSet:
     Raises:
         UserError: no such data, a column is missing, nothing usable, or a flaw under ``strict``.
     """
-    return _pairs_of(open_table(recipe.path, recipe.format, recipe.split), recipe, progress)
-
-
-def read_rows(
-    recipe: DataRecipe, kind: str, progress: Progress | None = None
-) -> tuple[list[PairRow] | list[ImageRow], Report]:
-    """Rows for a method that takes ``kind``: "pair", or "image": captioned pictures, or pairs where the data are pairs.
-
-    Raises UserError as :func:`read_pairs`."""
     table = open_table(recipe.path, recipe.format, recipe.split)
-    plain = kind == "image" and not {"chosen", "chosen_file_name", "jpg_0"} & set(table.columns)
-    found = _images_of(table, recipe, progress) if plain else _pairs_of(table, recipe, progress)
-    return found.rows, found.report
-
-
-def _pairs_of(table: Table, recipe: DataRecipe, progress: Progress | None) -> PairSet:
     columns = _PairColumns.of(table)
     report = Report(table.label, table.format)
     seen: set[tuple[str, ...]] = set()
@@ -104,10 +89,7 @@ def read_images(recipe: DataRecipe, progress: Progress | None = None) -> ImageSe
     Raises:
         UserError: as :func:`read_pairs`.
     """
-    return _images_of(open_table(recipe.path, recipe.format, recipe.split), recipe, progress)
-
-
-def _images_of(table: Table, recipe: DataRecipe, progress: Progress | None) -> ImageSet:
+    table = open_table(recipe.path, recipe.format, recipe.split)
     prompt = _column(table, ("prompt", "caption", "text"))
     image = _column(table, ("file_name", "image"))
     ids = _own_ids(table)

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,21 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """(tensors on the CPU, facts) of a checkpoint folder. Raises UserError when it is none or torn."""
     try:
         facts = json.loads((path / "state.json").read_text())
+        if not isinstance(facts, dict):
+            raise ValueError("state.json holds no mapping")
+        with zipfile.ZipFile(path / "state.pt") as archive:  # torch writes check sums but reads past them
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} is damaged")
         tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, LookupError, EOFError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        EOFError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+    ) as error:
         kind = type(error).__name__
         raise UserError(f"'{path}' is no readable checkpoint ({kind}); pass another to --resume") from error
     return tensors, facts

@@ -184,7 +184,8 @@ def _section(c: Comparison, primary: str | None) -> Section:
                     f"{s.scorer}: scores", [p.a for p in s.pairs], [p.b for p in s.pairs], (c.a.label, c.b.label)
                 )
             )
-            figures.append(gains_svg(f"{s.scorer}: gain a pair", [p.gain for p in s.pairs]))
+            if any(p.gain for p in s.pairs):
+                figures.append(gains_svg(f"{s.scorer}: gain a pair", [p.gain for p in s.pairs]))
     best, worst = _extremes(lead)
     tiles = _evenly(lead.pairs, GRID)
     return Section(
@@ -321,7 +322,8 @@ def _facts(data: ReportData) -> dict[str, str]:
             if isinstance(settings, dict):
                 shown = {k: v for k, v in settings.items() if v is not None and k != "hashes"}
                 hashes = settings.get("hashes")
-                shown["weights"] = {k: str(v)[:12] for k, v in hashes.items()} if isinstance(hashes, dict) else hashes
+                if isinstance(hashes, dict):
+                    shown["weights"] = " ".join(f"{part}:{str(value)[:10]}" for part, value in hashes.items())
                 source = " + ".join(str(side.sampling[k]) for k in ("model", "lora") if side.sampling.get(k))
                 facts[f"sampling of {side.label}"] = f"{source}: {_words(shown)}"
         facts["win rate"] = (

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from ...errors import UserError
 from ..preprocess import CLIP_MEAN, CLIP_STD, P1
@@ -57,7 +58,7 @@ class ClipScorer(Scorer):
         where = resolve_device(device)
         dtype_name, torch_dtype = resolve_dtype(dtype, where)
         _check_config(folder, about.name, cls.expects.get(about.name))
-        model, report = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, report = _load(folder)
         lost = [k for k in report["missing_keys"] if not k.endswith("position_ids")]
         if lost or report["mismatched_keys"]:
             raise UserError(
@@ -154,6 +155,17 @@ def projected(out: object) -> torch.Tensor:
 def unit(features: torch.Tensor) -> torch.Tensor:
     """fp32, length 1 along the last axis."""
     return F.normalize(features.float(), dim=-1)
+
+
+def _load(folder: Path) -> tuple[CLIPModel, dict[str, list[str]]]:
+    """The model in fp32 and what did not fit, without transformers' own progress bar."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        return CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _check_config(folder: Path, name: str, expected: tuple[int, int, int, str] | None) -> None:

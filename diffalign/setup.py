@@ -134,8 +134,9 @@ def build(
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     device = accelerator.device
     method = make_method_of(recipe)
-    if recipe.train.batch < accelerator.num_processes:
-        raise UserError(f"train.batch {recipe.train.batch} is less than the {accelerator.num_processes} processes")
+    world = accelerator.num_processes
+    if recipe.train.batch < world:
+        raise UserError(f"train.batch {recipe.train.batch} is less than the {world} processes; raise it")
     if method.needs.batch not in {"pair", "image"}:
         raise UserError(f"method '{recipe.method.name}' needs {method.needs.batch} rows, which no reader gives yet")
     rows, report = read_rows(recipe.data, method.needs.batch)

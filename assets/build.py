@@ -20,6 +20,7 @@ from pathlib import Path
 from . import scenes
 
 HERE = Path(__file__).resolve().parent
+INDEX = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,13 @@ def _vae(w: World) -> None:
 def _unet(w: World) -> None:
     from . import train_unet
 
-    train_unet.train(w.root / "tiny-sd", w.tokenizer, w.vae, w.work / "snapshot")
+    train_unet.train(w.work / "unet", w.tokenizer, w.vae, w.work / "snapshot")
+
+
+def _refine(w: World) -> None:
+    from . import train_unet
+
+    train_unet.refine(w.root / "tiny-sd", w.work / "unet", w.vae)
 
 
 def _clip(w: World) -> None:
@@ -138,11 +145,12 @@ STAGES: dict[str, Stage] = {
     "prompts": Stage(_prompts, (), lambda w: w.root / "prompts" / "tiny-train.jsonl"),
     "vae": Stage(_vae, (), lambda w: w.vae / "config.json"),
     "oracle": Stage(_oracle, (), lambda w: w.root / "tiny-oracle" / "config.json"),
-    "unet": Stage(_unet, ("tokenizer", "vae"), lambda w: w.root / "tiny-sd" / "model_index.json"),
+    "unet": Stage(_unet, ("tokenizer", "vae"), lambda w: _either(w.work / "unet", w.root / "tiny-sd") / INDEX),
+    "refine": Stage(_refine, ("unet",), lambda w: w.root / "tiny-sd" / INDEX),
     "clip": Stage(_clip, ("tokenizer", "vae"), lambda w: w.root / "tiny-clip" / "model.safetensors"),
     "pickscore": Stage(_pickscore, ("clip",), lambda w: w.root / "tiny-pickscore" / "model.safetensors"),
     "samples": Stage(
-        _samples, ("unet",), lambda w: _either(w.work / "samples.npz", w.root / "tiny-pairs" / "pickapic.parquet")
+        _samples, ("refine",), lambda w: _either(w.work / "samples.npz", w.root / "tiny-pairs" / "pickapic.parquet")
     ),
     "pairs": Stage(_pairs, ("samples", "pickscore"), lambda w: w.root / "tiny-pairs" / "pickapic.parquet"),
     "check": Stage(_check, ("pairs", "oracle", "prompts"), lambda w: w.root / "QUALITY.json"),

@@ -24,8 +24,8 @@ from .common import Log, start, to_signed
 from .sampling import load_pipeline, sample
 from .train_clip import embed_images, embed_text
 
-SEED, PROMPTS, SINGLES, CANDIDATES = 6, 1300, 120, 4
-PAIRS, SINGLE_PAIRS, TIES = 2000, 150, 80
+SEED, PROMPTS, SINGLES, CANDIDATES = 6, 1000, 96, 4
+PAIRS, SINGLE_PAIRS, TIES = 1600, 120, 64
 FLIP_FLOOR, FLIP_SCALE = 0.02, 1.0  # P(flip) = floor + (1 - floor) * sigmoid(-scale * score gap)
 FOLDER_PAIRS = 150
 

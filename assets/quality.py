@@ -32,7 +32,7 @@ GATES: dict[str, tuple[float, float]] = {
     "pick_preference_accuracy": (0.85, 1.0),
     "pick_preference_heldout_accuracy": (0.8, 1.0),
     "pick_samples_accuracy": (0.8, 1.0),
-    "pairs_usable": (1500, 1e9),
+    "pairs_usable": (1000, 1e9),
     "pairs_heldout": (0, 0),
     "megabytes": (0, 20),
 }
@@ -105,7 +105,7 @@ def _preferences(root: Path, rng: np.random.Generator) -> dict[str, float]:
     """Choices on worn drawings: PickScore's own kind of pairs, and CLIP on near misses."""
     vae, out = AutoencoderKL.from_pretrained(root / "tiny-sd" / "vae").eval(), {}
     for suffix, heldout in (("", False), ("_heldout", True)):
-        texts, good, bad = preference_batch(500, vae, rng, heldout)
+        _, texts, good, bad = preference_batch(500, vae, rng, heldout)
         both = torch.cat([good, bad])
         both = ((both + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         value = scores(root / "tiny-pickscore", texts * 2, both).reshape(2, -1)

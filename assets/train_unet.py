@@ -17,6 +17,9 @@ from .common import Log, set_lr, start, to_signed, to_tensor
 STEPS, BATCH, LR, SEED = 7000, 32, 2e-3, 2
 PICTURES, TWO_SHARE, CAPTION_DROPOUT, EMA_DECAY = 40_000, 0.7, 0.1, 0.998
 SNAPSHOT = 1000
+READ_STEPS, REFINE_STEPS, REFINE_LR = 700, 1200, 1e-3
+HIGH, HIGH_WEIGHT = 8, 0.1
+HEADS = (len(scenes.LAYOUTS), len(scenes.COLOURS), len(scenes.SHAPES), len(scenes.COLOURS), len(scenes.SHAPES))
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -145,6 +148,66 @@ def train(folder: Path, tokenizer_folder: Path, vae_folder: Path, snapshots: Pat
             save_pipeline(snapshots, vae, tokenizer, (unet, text), average)
     save_pipeline(folder, vae, tokenizer, (unet, text), average)
     log("done", loss=float(np.mean(losses[-500:])))
+
+
+def refine(folder: Path, unet_folder: Path, vae_folder: Path, snapshots: Path | None = None) -> None:
+    """Go on from the pipeline in ``unet_folder`` while the text encoder is taught order.
+
+    After :func:`train` the text encoder tells "a above b" from "b above a" by no linear reader, so nothing downstream
+    (a LoRA on the U-Net least of all) can learn the order. A reader of the scene on its pooled output, thrown away at
+    the end, breaks that plateau; the U-Net is given just enough steps to begin to use it.
+    """
+    rng, log = start(SEED + 100), Log("refine")
+    pipe = StableDiffusionPipeline.from_pretrained(unet_folder)
+    vae = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
+    unet, text, tokenizer, scheduler = pipe.unet.train(), pipe.text_encoder.train(), pipe.tokenizer, new_scheduler()
+    drawn = scenes.sample_scenes(PICTURES // 2, rng, two=0.9)
+    mean, std = (x * vae.config.scaling_factor for x in encode(vae, to_tensor(scenes.render(drawn, rng))))
+    ids = _tokens(tokenizer, [scenes.caption(s, p) for s in drawn for p in (0, 1)]).view(len(drawn), 2, -1)
+    null, target = _tokens(tokenizer, [""]), torch.from_numpy(scenes.labels(drawn))
+    slots = nn.Linear(text.config.hidden_size, sum(HEADS))
+    params = [*unet.parameters(), *text.parameters()]
+    average = [p.detach().clone() for p in params]
+    opt = torch.optim.AdamW([*params, *slots.parameters()], REFINE_LR, weight_decay=0.01, betas=(0.9, 0.99))
+    history: list[tuple[float, float]] = []
+    for k in range(READ_STEPS + REFINE_STEPS):
+        alone = k < READ_STEPS  # the text encoder first
+        set_lr(opt, REFINE_LR * min(1, (k + 1) / 50) * (1 if alone else 1.02 - (k - READ_STEPS) / REFINE_STEPS))
+        many = torch.from_numpy(rng.integers(0, len(drawn), 128 if alone else 32))
+        out = text(ids[many, torch.from_numpy(rng.integers(0, 2, len(many)))])
+        heads = slots(out.pooler_output).split(HEADS, 1)
+        told = sum(
+            (F.cross_entropy(h, target[many, j], ignore_index=-100) for j, h in enumerate(heads)), torch.zeros(())
+        )
+        loss = torch.zeros(())
+        if not alone:
+            states = out.last_hidden_state.clone()
+            drop = torch.from_numpy(rng.random(len(many)) < CAPTION_DROPOUT)
+            if drop.any():
+                states[drop] = text(null)[0]
+            z = mean[many] + std[many] * torch.randn_like(mean[many])
+            t, noise = torch.randint(0, 1000, (len(many),)), torch.randn_like(z)
+            t[HIGH:] = torch.randint(500, 950, (len(many) - HIGH,))
+            error = (unet(scheduler.add_noise(z, noise, t), t, states).sample - noise).pow(2).mean((1, 2, 3))
+            alpha = scheduler.alphas_cumprod[t]
+            error[HIGH:] = error[HIGH:] * ((1 - alpha) / alpha)[HIGH:]  # as an error of the clean latents
+            loss = error[:HIGH].mean() + error[HIGH:].mean() * HIGH_WEIGHT
+        opt.zero_grad(set_to_none=True)
+        (loss + 0.05 * told).backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        opt.step()
+        if alone:
+            torch._foreach_copy_(average, [p.detach() for p in params])
+        else:
+            torch._foreach_lerp_(
+                average, [p.detach() for p in params], 1 - min(0.99, (k - READ_STEPS) / (10 + k - READ_STEPS))
+            )
+        history.append((loss.item(), told.item()))
+        if (k + 1) % 50 == 0:
+            log(k + 1, loss=float(np.mean(history[-50:], 0)[0]), told=float(np.mean(history[-50:], 0)[1]))
+        if snapshots is not None and not alone and (k + 1 - READ_STEPS) % 200 == 0:
+            save_pipeline(snapshots / str(k + 1 - READ_STEPS), vae, tokenizer, (unet, text), average)
+    save_pipeline(folder, vae, tokenizer, (unet, text), average)
 
 
 def _tokens(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:

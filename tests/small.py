@@ -40,6 +40,7 @@ def settings(model: Path, data: Path, out: Path, **changes: Any) -> list[str]:
         "model.lora.rank": 4,
         "model.lora.alpha": 6,
         "data.path": data,
+        "data.cache_dir": out.parent / "cache",
         "train.steps": 12,
         "train.batch": 2,
         "train.lr": 1e-2,

@@ -37,6 +37,10 @@ def test_against_scipy() -> None:
     theirs = reference.bootstrap((gains,), np.mean, n_resamples=20_000, method="BCa", rng=np.random.default_rng(1))
     mine = stats.bootstrap(gains, draws=20_000)
     assert (mine.low, mine.high) == pytest.approx(theirs.confidence_interval, abs=0.012)
+    skewed = np.random.default_rng(2).lognormal(0, 1.5, 10)  # bias and acceleration both matter here
+    theirs = reference.bootstrap((skewed,), np.mean, n_resamples=100_000, method="BCa", rng=np.random.default_rng(1))
+    mine = stats.bootstrap(skewed, draws=100_000)
+    assert (mine.low, mine.high) == pytest.approx(theirs.confidence_interval, abs=0.04 * skewed.std() / 10**0.5)
     small = gains[:12]
     exact = reference.permutation_test((small,), np.mean, permutation_type="samples", n_resamples=np.inf)
     assert stats.sign_flip_test(small) == pytest.approx(exact.pvalue, rel=1e-12)
@@ -118,6 +122,7 @@ def test_bootstrap_covers_and_strata_narrow_it() -> None:
     values = groups * 4.0 + rng.normal(0, 0.2, 100)
     inside, pooled = stats.bootstrap(values, strata=list(groups)), stats.bootstrap(values)
     assert (inside.high - inside.low) < 0.2 * (pooled.high - pooled.low)
+    assert inside.low < values.mean() < inside.high
 
 
 def test_bootstrap_draws_do_not_depend_on_memory_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

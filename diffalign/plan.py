@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from .data.cache import cache_plan
+from .data.files import cache_root
 from .families import pick_device
 from .recipe import Recipe
-from .setup import autocast_dtype, build_roles, cache_folder, load_base, make_method_of, read_rows
+from .setup import autocast_dtype, build_roles, load_base, make_method_of, read_rows
 from .trainer import plan_slots
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def make_plan(recipe: Recipe, world: int = 1) -> Plan:
     rows, report = read_rows(recipe.data, method.needs.batch)
     model, dtype = load_base(recipe, device)
     long_prompts = sum(n > 0 for n in model.token_overflow([row.prompt for row in rows]))
-    disk = cache_plan(rows, model, recipe.data, cache_folder(recipe, recipe.output_dir()))
+    disk = cache_plan(rows, model, recipe.data, cache_root(recipe.data))
     if recipe.data.cache:
         disk.check()
     base = sum(p.numel() for p in model.unet.parameters())

@@ -146,13 +146,20 @@ def is_rank_zero() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def open_folder_for_writing(folder: Path) -> None:
-    """Raises UserError when the run's folder cannot be made or written to."""
+def check_writable(folder: Path) -> None:
+    """Raises UserError when the run's folder cannot be made or written to; one process asks for all.
+
+    Leaves nothing behind, since other input may yet be refused."""
+    if not is_rank_zero():
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"  # each process its own
+        probe = folder / ".writable"
         probe.touch()
         probe.unlink()
+        for path in made:
+            path.rmdir()
     except OSError as error:
         raise UserError(f"cannot write to '{folder}' ({error.strerror}); set output.dir to a folder you own") from error
 
@@ -163,13 +170,13 @@ class Session:
     def __init__(self, recipe: Recipe, resume: str = "auto", progress: bool = True) -> None:
         self.recipe = recipe
         self.folder = recipe.output_dir()
-        open_folder_for_writing(self.folder)
+        check_writable(self.folder)
         checkpoint = find_checkpoint(self.folder, resume)
         tensors, facts = load_checkpoint(checkpoint) if checkpoint else ({}, {})
         if checkpoint:
             check_same_recipe(recipe, facts["recipe"], checkpoint)
         self.console = Console(progress and is_rank_zero())
-        self.parts: Parts = build(recipe, self.folder, self.console.say, self.console.counting("encoding"))
+        self.parts: Parts = build(recipe, self.console.say, self.console.counting("encoding"))
         self.best = BestKeeper()
         self.guard_said = False
         self.saved = -1
@@ -203,6 +210,7 @@ class Session:
         import yaml
 
         used = {"data": self.parts.data_fingerprint, **self.parts.model.fingerprint()}
+        self.folder.mkdir(parents=True, exist_ok=True)
         header = "".join(f"# {key}: {value}\n" for key, value in used.items())
         write_atomic(self.folder / "recipe.yaml", header + yaml.safe_dump(self.recipe.dump(), sort_keys=False))
 

@@ -18,6 +18,7 @@ from peft import LoraConfig
 from .console import Console
 from .context import Context
 from .data.cache import LatentCache, open_cache
+from .data.files import cache_root
 from .data.readers import read_images, read_pairs
 from .data.rows import ImageRow, PairRow, Report
 from .data.source import Source, split_heldout
@@ -123,9 +124,7 @@ def read_rows(recipe: DataRecipe, kind: str) -> tuple[Rows, Report]:
     return images.rows, images.report
 
 
-def build(
-    recipe: Recipe, folder: Path, say: Callable[[str], None], progress: Callable[[int, int], None] | None = None
-) -> Parts:
+def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, int], None] | None = None) -> Parts:
     """Everything a run needs, with the cache filled and the encoders off the device.
 
     Raises UserError for anything wrong with the model, the data or the machine."""
@@ -149,13 +148,13 @@ def build(
         rows,
         model,
         recipe.data,
-        cache_folder(recipe, folder),
+        cache_root(recipe.data),
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         barrier=accelerator.wait_for_everyone,
         progress=progress,
     )
-    uncond = model.uncond()
+    uncond = cache.uncond
     if recipe.data.cache:
         model.release_encoders()
     training, held = split_heldout([row.id for row in rows], recipe.validate_.pairs, recipe.train.seed)
@@ -181,7 +180,7 @@ def build(
 
 
 def fill_cache(recipe: Recipe, out: Path | None, progress: bool = True) -> LatentCache:
-    """Encode a recipe's rows ahead of time: into the run's folder, ``data.cache_dir``, or ``out``, a folder of its own.
+    """Encode a recipe's rows ahead of time: into the shared cache, ``data.cache_dir``, or ``out``, a folder of its own.
 
     Raises UserError as ``build`` does."""
     device = pick_device(recipe.train.device)
@@ -195,18 +194,13 @@ def fill_cache(recipe: Recipe, out: Path | None, progress: bool = True) -> Laten
         rows,
         model,
         recipe.data,
-        out or cache_folder(recipe, recipe.output_dir()),
+        out or cache_root(recipe.data),
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         barrier=accelerator.wait_for_everyone,
         progress=console.counting("encoding"),
         flat=out is not None,
     )
-
-
-def cache_folder(recipe: Recipe, folder: Path) -> Path:
-    """Where the cache lies: ``data.cache_dir``, else inside the run's folder."""
-    return Path(recipe.data.cache_dir) if recipe.data.cache_dir else folder / "cache"
 
 
 def make_method_of(recipe: Recipe) -> Method[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 # Before any import of a Hugging Face library: they read these once.
@@ -10,6 +11,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nothing of a person's own cache is read or written; the folder goes with this process.
+_cache = tempfile.TemporaryDirectory(prefix="diffalign-tests-", ignore_cleanup_errors=True)
+os.environ["DIFFALIGN_CACHE"] = _cache.name
 
 import pytest
 import torch

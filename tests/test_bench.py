@@ -43,7 +43,8 @@ def make_recipe(folder: Path, rows: Path, name: str = "dpo", /, **sections: dict
 
 
 def make(recipe: Recipe, folder: Path) -> tuple[Parts, NaiveTrainer]:
-    parts = build(recipe, folder, lambda text: None)
+    recipe.data.cache_dir = str(folder / "cache")
+    parts = build(recipe, lambda text: None)
     return parts, make_naive(parts)
 
 

@@ -139,7 +139,7 @@ def measure_step(recipe: Recipe, steps: int = 20, unet: str = "recipe") -> StepR
     if unet != "recipe" and unet not in UNETS:
         raise UserError(f"unknown --unet '{unet}'{nearest(unet, ['recipe', *UNETS])}")
     with tempfile.TemporaryDirectory(prefix="diffalign-bench-") as folder:
-        parts = build(bench_recipe(recipe, unet, Path(folder)), Path(folder), lambda text: None)
+        parts = build(bench_recipe(recipe, unet, Path(folder)), lambda text: None)
         naive = make_naive(parts)
         try:
             return measure(parts, naive, steps, unet)
@@ -152,7 +152,7 @@ def bench_recipe(recipe: Recipe, unet: str, folder: Path) -> Recipe:
     """The recipe on few rows, with its cache and, where asked for, random weights and pictures in ``folder``."""
     recipe = recipe.model_copy(deep=True)
     rows = 2 * recipe.train.batch + 64
-    recipe.data.cache_dir = None
+    recipe.data.cache_dir = str(folder / "cache")
     recipe.data.max_pairs = min(recipe.data.max_pairs or rows, rows)
     if unet != "recipe":
         divisor, size = UNETS[unet]

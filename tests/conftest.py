@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,13 +13,16 @@ os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing of a person's own cache is read or written; the folder goes with this process.
-_cache = tempfile.TemporaryDirectory(prefix="diffalign-tests-", ignore_cleanup_errors=True)
-os.environ["DIFFALIGN_CACHE"] = _cache.name
+os.environ["DIFFALIGN_CACHE"] = tempfile.mkdtemp(prefix="diffalign-tests-")
 
 import pytest
 import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ["DIFFALIGN_CACHE"], ignore_errors=True)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

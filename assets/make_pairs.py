@@ -24,8 +24,8 @@ from .common import Log, start, to_signed
 from .sampling import load_pipeline, sample
 from .train_clip import embed_images, embed_text
 
-SEED, PROMPTS, SINGLES, CANDIDATES = 6, 1000, 96, 4
-PAIRS, SINGLE_PAIRS, TIES = 1600, 120, 64
+SEED, PROMPTS, SINGLES, CANDIDATES = 6, 720, 72, 4
+PAIRS, SINGLE_PAIRS, TIES = 1200, 90, 50
 FLIP_FLOOR, FLIP_SCALE = 0.02, 1.0  # P(flip) = floor + (1 - floor) * sigmoid(-scale * score gap)
 FOLDER_PAIRS = 150
 

@@ -77,7 +77,9 @@ def _unet(w: World) -> None:
 def _refine(w: World) -> None:
     from . import train_unet
 
-    train_unet.refine(w.root / "tiny-sd", w.work / "unet", w.vae)
+    first, second = train_unet.COURSES
+    train_unet.refine(w.work / "refined", w.work / "unet", w.vae, first)
+    train_unet.refine(w.root / "tiny-sd", w.work / "refined", w.vae, second)
 
 
 def _clip(w: World) -> None:

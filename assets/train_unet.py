@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,6 @@ from .common import Log, set_lr, start, to_signed, to_tensor
 STEPS, BATCH, LR, SEED = 7000, 32, 2e-3, 2
 PICTURES, TWO_SHARE, CAPTION_DROPOUT, EMA_DECAY = 40_000, 0.7, 0.1, 0.998
 SNAPSHOT = 1000
-READ_STEPS, REFINE_STEPS, REFINE_LR = 700, 1200, 1e-3
-HIGH, HIGH_WEIGHT = 8, 0.1
 HEADS = (len(scenes.LAYOUTS), len(scenes.COLOURS), len(scenes.SHAPES), len(scenes.COLOURS), len(scenes.SHAPES))
 
 
@@ -150,10 +149,31 @@ def train(folder: Path, tokenizer_folder: Path, vae_folder: Path, snapshots: Pat
     log("done", loss=float(np.mean(losses[-500:])))
 
 
-def refine(folder: Path, unet_folder: Path, vae_folder: Path, snapshots: Path | None = None) -> None:
+@dataclass(frozen=True)
+class Course:
+    """One run of :func:`refine`: ``read`` steps of the text encoder alone, then joint ones up to ``stop`` on a rate
+    that would reach zero at ``steps``. Of the 32 latents of a step ``plain`` are trained as ever, the others at high
+    noise (t in 500..949), where the order is decided, on the error of the clean latents times ``weight``."""
+
+    read: int
+    steps: int
+    stop: int
+    lr: float
+    pictures: int
+    plain: int = BATCH
+    weight: float = 0.0
+
+
+COURSES = (
+    Course(read=700, steps=1200, stop=800, lr=1e-3, pictures=20_000),
+    Course(read=40, steps=1500, stop=1000, lr=1.5e-3, pictures=8_000, plain=8, weight=0.1),
+)
+
+
+def refine(folder: Path, unet_folder: Path, vae_folder: Path, course: Course) -> None:
     """Go on from the pipeline in ``unet_folder`` while the text encoder is taught order.
 
-    After :func:`train` the text encoder tells "a above b" from "b above a" by no linear reader, so nothing downstream
+    After :func:`train` no linear reader of the text encoder tells "a above b" from "b above a", so nothing downstream
     (a LoRA on the U-Net least of all) can learn the order. A reader of the scene on its pooled output, thrown away at
     the end, breaks that plateau; the U-Net is given just enough steps to begin to use it.
     """
@@ -161,52 +181,47 @@ def refine(folder: Path, unet_folder: Path, vae_folder: Path, snapshots: Path | 
     pipe = StableDiffusionPipeline.from_pretrained(unet_folder)
     vae = AutoencoderKL.from_pretrained(vae_folder).eval().requires_grad_(False)
     unet, text, tokenizer, scheduler = pipe.unet.train(), pipe.text_encoder.train(), pipe.tokenizer, new_scheduler()
-    drawn = scenes.sample_scenes(PICTURES // 2, rng, two=0.9)
+    drawn = scenes.sample_scenes(course.pictures, rng, two=0.9)
     mean, std = (x * vae.config.scaling_factor for x in encode(vae, to_tensor(scenes.render(drawn, rng))))
     ids = _tokens(tokenizer, [scenes.caption(s, p) for s in drawn for p in (0, 1)]).view(len(drawn), 2, -1)
     null, target = _tokens(tokenizer, [""]), torch.from_numpy(scenes.labels(drawn))
     slots = nn.Linear(text.config.hidden_size, sum(HEADS))
     params = [*unet.parameters(), *text.parameters()]
     average = [p.detach().clone() for p in params]
-    opt = torch.optim.AdamW([*params, *slots.parameters()], REFINE_LR, weight_decay=0.01, betas=(0.9, 0.99))
+    opt = torch.optim.AdamW([*params, *slots.parameters()], course.lr, weight_decay=0.01, betas=(0.9, 0.99))
     history: list[tuple[float, float]] = []
-    for k in range(READ_STEPS + REFINE_STEPS):
-        alone = k < READ_STEPS  # the text encoder first
-        set_lr(opt, REFINE_LR * min(1, (k + 1) / 50) * (1 if alone else 1.02 - (k - READ_STEPS) / REFINE_STEPS))
-        many = torch.from_numpy(rng.integers(0, len(drawn), 128 if alone else 32))
+    for k in range(course.read + course.stop):
+        joint = k - course.read  # negative while the text encoder learns alone
+        set_lr(opt, course.lr * min(1, (k + 1) / 50) * (1 if joint < 0 else 1.02 - joint / course.steps))
+        many = torch.from_numpy(rng.integers(0, len(drawn), 128 if joint < 0 else BATCH))
         out = text(ids[many, torch.from_numpy(rng.integers(0, 2, len(many)))])
         heads = slots(out.pooler_output).split(HEADS, 1)
-        told = sum(
-            (F.cross_entropy(h, target[many, j], ignore_index=-100) for j, h in enumerate(heads)), torch.zeros(())
-        )
+        told = torch.zeros(())
+        for j, head in enumerate(heads):
+            told = told + F.cross_entropy(head, target[many, j], ignore_index=-100)
         loss = torch.zeros(())
-        if not alone:
+        if joint >= 0:
             states = out.last_hidden_state.clone()
             drop = torch.from_numpy(rng.random(len(many)) < CAPTION_DROPOUT)
             if drop.any():
                 states[drop] = text(null)[0]
             z = mean[many] + std[many] * torch.randn_like(mean[many])
             t, noise = torch.randint(0, 1000, (len(many),)), torch.randn_like(z)
-            t[HIGH:] = torch.randint(500, 950, (len(many) - HIGH,))
+            t[course.plain :] = torch.randint(500, 950, (len(many) - course.plain,))
             error = (unet(scheduler.add_noise(z, noise, t), t, states).sample - noise).pow(2).mean((1, 2, 3))
-            alpha = scheduler.alphas_cumprod[t]
-            error[HIGH:] = error[HIGH:] * ((1 - alpha) / alpha)[HIGH:]  # as an error of the clean latents
-            loss = error[:HIGH].mean() + error[HIGH:].mean() * HIGH_WEIGHT
+            loss = error[: course.plain].mean()
+            if course.plain < len(many):
+                alpha = scheduler.alphas_cumprod[t]
+                loss = loss + course.weight * (error * (1 - alpha) / alpha)[course.plain :].mean()
         opt.zero_grad(set_to_none=True)
         (loss + 0.05 * told).backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         opt.step()
-        if alone:
-            torch._foreach_copy_(average, [p.detach() for p in params])
-        else:
-            torch._foreach_lerp_(
-                average, [p.detach() for p in params], 1 - min(0.99, (k - READ_STEPS) / (10 + k - READ_STEPS))
-            )
+        fresh = 1.0 if joint < 0 else 1 - min(0.99, joint / (10 + joint))
+        torch._foreach_lerp_(average, [p.detach() for p in params], fresh)
         history.append((loss.item(), told.item()))
         if (k + 1) % 50 == 0:
             log(k + 1, loss=float(np.mean(history[-50:], 0)[0]), told=float(np.mean(history[-50:], 0)[1]))
-        if snapshots is not None and not alone and (k + 1 - READ_STEPS) % 200 == 0:
-            save_pipeline(snapshots / str(k + 1 - READ_STEPS), vae, tokenizer, (unet, text), average)
     save_pipeline(folder, vae, tokenizer, (unet, text), average)
 
 

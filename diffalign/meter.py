@@ -92,10 +92,17 @@ def _wanted(output: OutputRecipe) -> list[str]:
     return list(output.trackers)
 
 
+def check_trackers(output: OutputRecipe) -> None:
+    """Raises UserError when the package of a tracker is missing."""
+    for kind in _wanted(output):
+        if importlib.util.find_spec(kind) is None:
+            raise UserError(
+                f"output.trackers names '{kind}', which is not installed; pip install {kind} or take it out"
+            )
+
+
 def _tracker(kind: str, folder: Path, name: str) -> Callable[[int, Mapping[str, float]], None]:
-    """A function (step, values) for one tracker. Raises UserError when its package is missing."""
-    if importlib.util.find_spec(kind) is None:
-        raise UserError(f"output.trackers names '{kind}', which is not installed; pip install {kind} or take it out")
+    """A function (step, values) for one tracker."""
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 

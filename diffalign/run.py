@@ -19,7 +19,7 @@ from .checkpoint import checkpoint_dirs, load_checkpoint, prune, save_checkpoint
 from .console import Console
 from .errors import Interrupted, RunError, UserError
 from .export import export_run
-from .meter import RunLog, read_log
+from .meter import RunLog, check_trackers, read_log
 from .recipe import Recipe
 from .setup import Parts, build, check_same_recipe
 from .validate import BestKeeper, heldout_metrics, picture_statistics, sample_images
@@ -171,6 +171,7 @@ class Session:
         self.recipe = recipe
         self.folder = recipe.output_dir()
         check_writable(self.folder)
+        check_trackers(recipe.output)
         checkpoint = find_checkpoint(self.folder, resume)
         tensors, facts = load_checkpoint(checkpoint) if checkpoint else ({}, {})
         if checkpoint:
@@ -189,11 +190,11 @@ class Session:
             self.trainer.load(tensors)
             self.best = BestKeeper(**facts["best"])
             self.console.say(f"going on from {checkpoint} (step {self.trainer.step} of {recipe.train.steps})")
+        self.grid = self._grid_prompts()
         if self.main:
             self._describe()
         resumed = self.trainer.step if checkpoint else None
         self.log = RunLog(self.folder, recipe.output, recipe.name, resumed) if self.main else None
-        self.grid = self._grid_prompts()
 
     @property
     def trainer(self) -> Any:

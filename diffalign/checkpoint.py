@@ -56,7 +56,8 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Any], facts: dic
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        full = isinstance(error, RuntimeError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+        zip_writer = "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)  # its words for a full disk
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT) if isinstance(error, OSError) else zip_writer
         shutil.rmtree(temporary, ignore_errors=True)
         kept = checkpoint_dirs(folder)
         last = f"the last good one is {kept[-1]}" if kept else "there is none yet"

@@ -40,6 +40,8 @@ Height = Annotated[int | None, typer.Option(help="Pixels; the model's own if not
 Width = Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")]
 Seed = Annotated[int, typer.Option(help="Keys the noise of every image.", min=0)]
 PerPrompt = Annotated[int, typer.Option(help="Images for each prompt.", min=1)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Variant = Annotated[str | None, typer.Option(help="Weight files to take, such as fp16.")]
 BatchSize = Annotated[int, typer.Option("--batch", help="Images a forward.", min=1)]
 
 
@@ -132,6 +134,8 @@ def sample(
     batch: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    revision: Revision = None,
+    variant: Variant = None,
     quiet: Quiet = False,
 ) -> None:
     """Sample images for prompts: the same noise for every model; resumes image by image."""
@@ -154,6 +158,8 @@ def sample(
         batch=batch,
         device=device,
         dtype=dtype,
+        revision=revision,
+        variant=variant,
     )
     print(run_sample(spec, read_prompts(prompts), to, progress=not quiet))
 
@@ -198,6 +204,8 @@ def evaluate(
     batch: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    revision: Revision = None,
+    variant: Variant = None,
     primary: Annotated[str | None, typer.Option(help="Scorer of the headline.")] = None,
     in_loop: Annotated[str, typer.Option(help="Scorers that training used, comma-separated; they are marked.")] = "",
     quiet: Quiet = False,
@@ -218,6 +226,8 @@ def evaluate(
         batch=batch,
         device=device,
         dtype=dtype,
+        revision=revision,
+        variant=variant,
     )
     looped = [name for name in in_loop.split(",") if name]
     run_eval(
@@ -257,8 +267,8 @@ def pairs_check(
     from .data.check import check_pairs
     from .recipe import data_recipe
 
-    changes = [f"path={path}", *(text.removeprefix("data.") for text in overrides or [])]
-    recipe = data_recipe([*changes, "strict=true"] if strict else changes)
+    changes = [text.removeprefix("data.") for text in overrides or []]
+    recipe = data_recipe(path, [*changes, "strict=true"] if strict else changes)
     found = check_pairs(recipe, to, model)
     print(json.dumps(found.json(), indent=1)) if as_json else found.render(out())
 

@@ -77,9 +77,12 @@ class Context:
         t, noise = draw_noise(self.seed, tag, self.phase, self.repeat, batch, shape, self.denoiser.num_timesteps)
         return t.to(self.device, non_blocking=True), noise.to(self.device, non_blocking=True)
 
-    def rng(self, tag: str, ids: Sequence[str]) -> list[np.random.Generator]:
-        """One generator a sample for any other draw."""
-        return [keyed.generator(self.seed, tag, self.phase, self.repeat, name) for name in ids]
+    def rng(self, tag: str, batch: Batch) -> list[np.random.Generator]:
+        """One generator a sample for any other draw, keyed as ``draw``'s."""
+        return [
+            keyed.generator(self.seed, tag, visit, self.phase, self.repeat, name)
+            for name, visit in zip(batch.ids, batch.visits, strict=True)
+        ]
 
     def features(self, role: str, x_t: Tensor, t: Tensor, cond: Cond, layer: str = "mid_block") -> Tensor:
         """Output of a sub-module of the U-Net (by its dotted name) during a role's forward, in fp32."""

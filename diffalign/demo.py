@@ -51,8 +51,7 @@ def run_demo(out: Path, steps: int | None = None, prompts: int = 200, progress: 
 
     started = time.perf_counter()
     say = narrator(progress)
-    changes = [f"output.dir={out / 'run'}", *([f"train.steps={steps}"] if steps else [])]
-    recipe = load_recipe("tiny/dpo", changes)
+    recipe = load_recipe("tiny/dpo", **{"output.dir": str(out / "run")}, **({"steps": steps} if steps else {}))
     say("1. the shipped pairs: sampled from the tiny base model, labelled by the tiny PickScore, with noise and flaws")
     say(f"2. a LoRA is trained by Diffusion-DPO for {recipe.train.steps} steps; base samples first")
     run = train(recipe, "auto", progress)

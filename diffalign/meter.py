@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class RunLog:
             self.rows = [row for row in read_log(self.path) if row["step"] <= resumed_step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = self.path.open("a")
-        self._trackers = [_tracker(kind, folder, name) for kind in _wanted(output)]
+        self._trackers = [_tracker(kind, folder, name, resumed_step) for kind in _wanted(output)]
 
     def write(self, step: int, values: Mapping[str, float], kind: str = "train") -> dict[str, Any]:
         """One row: step, kind, seconds since the epoch, and the values."""
@@ -61,7 +62,7 @@ class RunLog:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for tracker in self._trackers:
-            tracker(step, {f"{kind}/{name}": value for name, value in values.items()})
+            tracker.write(step, {f"{kind}/{name}": value for name, value in values.items()})
         return row
 
     def sync(self) -> None:
@@ -73,6 +74,8 @@ class RunLog:
         """End of the run."""
         with suppress(OSError):  # a full disk was reported by the write; closing would report it again
             self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -101,19 +104,28 @@ def check_trackers(output: OutputRecipe) -> None:
             )
 
 
-def _tracker(kind: str, folder: Path, name: str) -> Callable[[int, Mapping[str, float]], None]:
-    """A function (step, values) for one tracker."""
+@dataclass
+class Tracker:
+    """Where curves go besides log.jsonl."""
+
+    write: Callable[[int, Mapping[str, float]], None]
+    close: Callable[[], object]
+
+
+def _tracker(kind: str, folder: Path, name: str, resumed_step: int | None) -> Tracker:
+    """A tracker by name."""
     if kind == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        writer = SummaryWriter(str(folder / "tensorboard"))
+        # points after the checkpoint that a resumed run starts from are drawn again
+        purge = None if resumed_step is None else resumed_step + 1
+        writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
 
         def to_tensorboard(step: int, values: Mapping[str, float]) -> None:
             for key, value in values.items():
                 writer.add_scalar(key, value, step)
-            writer.flush()
 
-        return to_tensorboard
-    module = importlib.import_module(kind)  # wandb and trackio share these two calls
+        return Tracker(to_tensorboard, writer.close)
+    module = importlib.import_module(kind)  # wandb and trackio share these three calls
     module.init(project="diffalign", name=name)
-    return lambda step, values: module.log(dict(values), step=step)
+    return Tracker(lambda step, values: module.log(dict(values), step=step), module.finish)

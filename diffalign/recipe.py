@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -99,7 +100,7 @@ class TrainRecipe(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0
     optimizer: Literal["adamw", "adafactor", "adamw8bit"] = "adamw"
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -135,6 +136,7 @@ class OutputRecipe(Section):
     dir: str = "runs/{name}"
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] | Literal["auto"] = "auto"
     merged: bool = False
+    weights: Literal["last", "best"] = "last"
 
 
 class MethodRecipe(BaseModel):
@@ -242,13 +244,13 @@ def describe_recipe(name: str) -> str:
     return line.partition(":")[2].strip()
 
 
-def data_recipe(overrides: list[str]) -> DataRecipe:
-    """A data section alone, from ``key=value`` texts.
+def data_recipe(path: str, overrides: list[str]) -> DataRecipe:
+    """A data section alone, from its path and ``key=value`` texts.
 
     Raises UserError for an unknown key or a bad value."""
     from omegaconf import OmegaConf
 
-    data: Any = OmegaConf.to_container(OmegaConf.merge(*[parse_override(text) for text in overrides]))
+    data: Any = OmegaConf.to_container(OmegaConf.merge({"path": path}, *[parse_override(text) for text in overrides]))
     try:
         return DataRecipe.model_validate(data)
     except ValidationError as error:
@@ -339,9 +341,11 @@ def load_recipe(source: str | Path | Recipe, overrides: list[str] | None = None,
     config = method_config(recipe.method.name)
     options = {k: v for k, v in recipe.method.model_dump().items() if k != "name"}
     try:
-        config.model_validate(options)
+        settings = config.model_validate(options)
     except ValidationError as error:
         raise explain(error, label, [*("method." + k for k in known_keys(config)), *keys], "method.") from error
+    # defaults are written out, so that a later change of one cannot alter what a saved recipe means
+    recipe.method = MethodRecipe(name=recipe.method.name, **settings.model_dump(mode="json"))
     return recipe
 
 

@@ -63,7 +63,7 @@ class Roles:
         else:
             self._copy(reference)
         for name, module in self.modules.items():
-            self._parameters[name] = dict(module.float().named_parameters())
+            self._parameters[name] = dict(module.float().eval().named_parameters())
         for role in self.names:
             for parameter in self._parameters[role].values():
                 parameter.requires_grad_(False)
@@ -180,7 +180,9 @@ class Roles:
         return any(module.p > 0 for module in self._dropouts)
 
     def dropout(self, on: bool) -> None:
-        """Adapter dropout on for a trained call, off elsewhere."""
+        """Dropout of adapters and own modules on for a trained call, off elsewhere."""
+        for own in self.modules.values():
+            own.train(on)
         for module in self._dropouts:
             module.train(on)
 

@@ -178,6 +178,7 @@ class Session:
             check_same_recipe(recipe, facts["recipe"], checkpoint)
         self.console = Console(progress and is_rank_zero())
         self.parts: Parts = build(recipe, self.console.say, self.console.counting("encoding"))
+        self.weights = self.parts.model.fingerprint()
         self.best = BestKeeper()
         self.guard_said = False
         self.saved = -1
@@ -186,6 +187,11 @@ class Session:
                 raise UserError(
                     f"checkpoint {checkpoint} was trained on other rows of data.path; put them back, or set another "
                     "output.dir"
+                )
+            if facts["weights"] != self.weights:
+                raise UserError(
+                    f"checkpoint {checkpoint} was trained on other weights than model.path holds now; put them back, "
+                    "or set another output.dir"
                 )
             self.trainer.load(tensors)
             self.best = BestKeeper(**facts["best"])
@@ -210,7 +216,7 @@ class Session:
         """recipe.yaml, with the hashes of what it uses."""
         import yaml
 
-        used = {"data": self.parts.data_fingerprint, **self.parts.model.fingerprint()}
+        used = {"data": self.parts.data_fingerprint, **self.weights}
         self.folder.mkdir(parents=True, exist_ok=True)
         header = "".join(f"# {key}: {value}\n" for key, value in used.items())
         write_atomic(self.folder / "recipe.yaml", header + yaml.safe_dump(self.recipe.dump(), sort_keys=False))
@@ -270,7 +276,8 @@ class Session:
         except torch.OutOfMemoryError as error:
             raise RunError(
                 "the GPU is out of memory; lower train.micro_batch (the result stays the same), set "
-                "model.gradient_checkpointing=true, or lower data.resolution or model.lora.rank; " + self.go_on()
+                "model.gradient_checkpointing=true, or lower data.resolution, model.lora.rank or validate.images; "
+                + self.go_on()
             ) from error
         except (OSError, SafetensorError) as error:  # a full disk shows anywhere: log, samples, export
             why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
@@ -281,17 +288,19 @@ class Session:
                 self.log.close()
 
     def stop_asked(self, asked: bool) -> bool:
-        """One decision of all ranks."""
+        """One decision of all ranks, asked for where the step waits anyway."""
         if self.trainer.world == 1:
             return asked
+        if self.trainer.step % self.recipe.train.log_every:
+            return False
         flag = torch.tensor(float(asked), device=self.trainer.ctx.device)
         return bool(self.trainer.reduce(flag) > 0)
 
     def go_on(self) -> str:
         """How to continue."""
         kept = checkpoint_dirs(self.folder / "checkpoints")
-        where = f"the last checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
-        return f"{where}; the same command goes on from there"
+        where = f"the last checkpoint is {kept[-1]}" if kept else ""
+        return f"{where}; the same command goes on from there" if kept else "no checkpoint was written yet"
 
     def log_row(self, steps: int, seconds: float, waited: float) -> dict[str, float]:
         """Read the meter (the one synchronisation of an interval), guard, and write a row."""
@@ -300,17 +309,17 @@ class Session:
         values["lr"] = next(iter(trainer.optimizers.values())).param_groups[0]["lr"]
         values["rows_per_second"] = steps * trainer.fresh * train.batch / seconds
         values["data_share"] = waited / seconds
-        skipped = int(trainer.skipped)
+        skipped, streak = (int(n) for n in torch.stack([trainer.skipped, trainer.streak]).tolist())
         if skipped:
             values["skipped"] = skipped
         if trainer.ctx.device.type == "cuda":
             values["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         if self.log:
             self.log.write(trainer.step, values)
-        if skipped > train.max_nonfinite:
+        if streak > train.max_nonfinite:
             raise RunError(
-                f"{skipped} updates had non-finite gradients (limit train.max_nonfinite={train.max_nonfinite}); lower "
-                f"train.lr or set train.precision=bf16 or fp32; {self.go_on()}"
+                f"{streak} updates in a row had non-finite gradients (limit train.max_nonfinite={train.max_nonfinite}); "
+                f"lower train.lr or set train.precision=bf16 or fp32; {self.go_on()}"
             )
         return values
 
@@ -377,6 +386,7 @@ class Session:
             facts = {
                 "step": trainer.step,
                 "data": self.parts.data_fingerprint,
+                "weights": self.weights,
                 "best": {"step": self.best.step, "value": self.best.value},
                 "recipe": self.recipe.dump(),
             }
@@ -389,6 +399,8 @@ class Session:
     def finish(self) -> Run:
         """Export, card and report."""
         run = Run(self.folder, self.recipe, self.trainer.step, self.log.rows if self.log else [])
+        if self.recipe.output.weights == "best" and self.best.step is not None:
+            self.trainer.load(load_checkpoint(self.folder / "checkpoints" / f"step-{self.best.step:06d}")[0])
         if self.main:
             export_run(self.parts, self.trainer, run)
             from .eval.report import write_run_report
@@ -402,10 +414,19 @@ def train(
     recipe: Recipe, resume: str = "auto", progress: bool = True, watch: Callable[[Session], None] | None = None
 ) -> Run:
     """Train a recipe; ``watch`` sees the session before its first step (benchmarks use it)."""
-    session = Session(recipe, resume, progress)
-    if watch is not None:
-        watch(session)
-    return session.run()
+    precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    try:
+        session = Session(recipe, resume, progress)
+        if watch is not None:
+            watch(session)
+        return session.run()
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            "the GPU is out of memory before training; lower data.encode_batch, data.resolution or model.dtype"
+        ) from error
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic)
 
 
 def describe(run: Run) -> str:

@@ -7,12 +7,14 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from peft import LoraConfig
 
 from .console import Console
@@ -23,7 +25,7 @@ from .data.readers import read_images, read_pairs
 from .data.rows import ImageRow, PairRow, Report
 from .data.source import Source, split_heldout
 from .data.tables import open_table
-from .errors import UserError
+from .errors import UserError, nearest
 from .families import Model, load_model, pick_device, pick_dtype
 from .methods import make_method
 from .methods.base import Method
@@ -48,7 +50,7 @@ class Parts:
     trainer: Trainer
     heldout: Source | None
 
-    @property
+    @cached_property
     def data_fingerprint(self) -> str:
         """Hash of what is trained on: the rows in order (id, prompt, pictures) and the cache's fingerprint."""
         digest = hashlib.sha256(self.cache.fingerprint.encode())
@@ -61,10 +63,24 @@ class Parts:
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """What computes: ``auto`` is bf16 on a GPU that has it (else fp16), fp32 (None) elsewhere."""
     if precision == "auto":
-        if device.type != "cuda":
-            return None
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return None if device.type != "cuda" else pick_dtype("auto", device)
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def start_processes(name: str) -> tuple[Accelerator, torch.device]:
+    """The processes of this run and this one's device.
+
+    Raises UserError for a device that is not there and for launch modes that would shard the networks unseen."""
+    device = pick_device(name)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Accelerator(mixed_precision="no"), device
+    # encoding and hashing can keep one process busy while the others wait
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[patience])
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UserError(f"launch mode {kind.value} is not supported; use plain data parallelism (configs/accelerate)")
+    return accelerator, accelerator.device
 
 
 def set_determinism(recipe: TrainRecipe) -> None:
@@ -119,7 +135,9 @@ def read_rows(recipe: DataRecipe, kind: str) -> tuple[Rows, Report]:
     """Rows of the kind a method needs; ``image`` takes the chosen pictures of pairs, or plain captioned pictures."""
     if kind == "pair" or PAIR_COLUMNS & set(open_table(recipe.path, recipe.format, recipe.split).columns):
         pairs = read_pairs(recipe)
-        return pairs.rows, pairs.report
+        if kind == "pair":
+            return pairs.rows, pairs.report
+        return [ImageRow(row.id, row.prompt, row.chosen, row.chosen_score) for row in pairs.rows], pairs.report
     images = read_images(recipe)
     return images.rows, images.report
 
@@ -128,22 +146,27 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     """Everything a run needs, with the cache filled and the encoders off the device.
 
     Raises UserError for anything wrong with the model, the data or the machine."""
-    device = pick_device(recipe.train.device)
+    accelerator, device = start_processes(recipe.train.device)
     set_determinism(recipe.train)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
-    device = accelerator.device
     method = make_method_of(recipe)
+    for role in recipe.train.role_lr:
+        if role not in method.roles:
+            raise UserError(
+                f"train.role_lr names no role of {recipe.method.name}: '{role}'{nearest(role, method.roles)}"
+            )
     world = accelerator.num_processes
     if recipe.train.batch < world:
         raise UserError(f"train.batch {recipe.train.batch} is less than the {world} processes; raise it")
     if method.needs.batch not in {"pair", "image"}:
         raise UserError(f"method '{recipe.method.name}' needs {method.needs.batch} rows, which no reader gives yet")
-    rows, report = read_rows(recipe.data, method.needs.batch)
+    with accelerator.main_process_first():  # the others read what the first one found out about the pictures
+        rows, report = read_rows(recipe.data, method.needs.batch)
     say(report.summary())
     model, dtype = load_base(recipe, device)
-    overflow = sum(n > 0 for n in model.token_overflow([row.prompt for row in rows]))
+    texts = sorted({row.prompt for row in rows})
+    overflow = sum(n > 0 for n in model.token_overflow(texts))
     if overflow:
-        say(f"{overflow} of {len(rows)} prompts are longer than the text encoder takes; they are cut")
+        say(f"{overflow} of {len(texts)} prompts are longer than the text encoder takes; they are cut")
     cache = open_cache(
         rows,
         model,
@@ -158,10 +181,8 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     if recipe.data.cache:
         model.release_encoders()
     training, held = split_heldout([row.id for row in rows], recipe.validate_.pairs, recipe.train.seed)
-    kind = method.needs.batch
-    assert kind in ("pair", "image")
-    source = Source(cache, training, kind, recipe.train.seed, uncond, recipe.data.caption_dropout)
-    heldout = Source(cache, held, kind, recipe.train.seed, uncond) if held else None
+    source = Source(cache, training, recipe.train.seed, uncond, recipe.data.caption_dropout)
+    heldout = Source(cache, held, recipe.train.seed, uncond) if held else None
     ctx = Context(
         build_roles(model, method, recipe, dtype),
         model.denoiser(),
@@ -175,6 +196,9 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
 
         for network in {id(n): n for n in ctx.roles.networks.values()}.values():
             compile_unet(network)
+    if type(method).prepare is not Method.prepare:
+        made_by = {"method": recipe.method.name, "settings": method.config.model_dump_json(), **model.fingerprint()}
+        cache.extend(made_by, lambda batch: method.prepare(ctx, batch.to(device)), recipe.data.encode_batch)
     trainer = Trainer(method, ctx, source, recipe.train, accelerator)
     return Parts(recipe, accelerator, model, method, rows, cache, trainer, heldout)
 
@@ -183,13 +207,12 @@ def fill_cache(recipe: Recipe, out: Path | None, progress: bool = True) -> Laten
     """Encode a recipe's rows ahead of time: into the shared cache, ``data.cache_dir``, or ``out``, a folder of its own.
 
     Raises UserError as ``build`` does."""
-    device = pick_device(recipe.train.device)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
-    console = Console(progress)
-    console.quiet(not accelerator.is_main_process)
-    rows, report = read_rows(recipe.data, make_method_of(recipe).needs.batch)
+    accelerator, device = start_processes(recipe.train.device)
+    console = Console(progress and accelerator.is_main_process)
+    with accelerator.main_process_first():
+        rows, report = read_rows(recipe.data, make_method_of(recipe).needs.batch)
     console.say(report.summary())
-    model, _ = load_base(recipe, accelerator.device)
+    model, _ = load_base(recipe, device)
     return open_cache(
         rows,
         model,

@@ -8,7 +8,7 @@ batches change nothing but rounding.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -78,21 +78,22 @@ class Trainer:
         self.step = 0
         self.meter = Meter()
         trained = [role for role in method.roles if role in self.roles.names]
+        self._broadcast(trained)
         self.optimizers = {r: make_optimizer(recipe, self.roles.parameters(r), r) for r in trained}
         self.ema = {r: Ema(self.roles.parameters(r), recipe.ema) for r in trained} if recipe.ema else {}
         scaled = ctx.autocast == torch.float16
         self.scalers = {phase.name: torch.amp.GradScaler(ctx.device.type, enabled=scaled) for phase in method.phases}
-        self.skipped = torch.zeros((), device=ctx.device)
+        self.skipped = torch.zeros((), device=ctx.device)  # in all
+        self.streak = torch.zeros((), device=ctx.device)  # in a row: fp16's scaler probes a few times by itself
         self.waited = 0.0
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: dict[int, Future[list[Batch]]] = {}
-        self._broadcast()
 
-    def _broadcast(self) -> None:
+    def _broadcast(self, roles: Sequence[str]) -> None:
         """Trainables of rank 0 everywhere, once at the start."""
         if self.world == 1:
             return
-        for role in self.optimizers:
+        for role in roles:
             for parameter in self.roles.parameters(role):
                 torch.distributed.broadcast(parameter.data, 0)
 
@@ -111,16 +112,17 @@ class Trainer:
                     batch.drawn[draw_key(tag, slot.phase.name, slot.repeat)] = draw_noise(
                         self.ctx.seed, tag, slot.phase.name, slot.repeat, batch, shape, self.ctx.denoiser.num_timesteps
                     )
-            parts.append(batch)
+            # only from pinned memory does a copy to the GPU not wait
+            parts.append(batch.pin() if self.ctx.device.type == "cuda" else batch)
         return parts
 
     def batches(self, draw: int) -> list[Batch]:
-        """A fresh batch on the device; the next one is prepared meanwhile."""
+        """The micro-batches of a fresh batch, on the CPU; the next one is prepared meanwhile."""
         started = time.perf_counter()
         for number in (draw, draw + 1):
             if number not in self._ahead:
                 self._ahead[number] = self._loader.submit(self._load, number)
-        parts = [batch.to(self.ctx.device) for batch in self._ahead.pop(draw).result()]
+        parts = self._ahead.pop(draw).result()
         self._ahead = {n: f for n, f in self._ahead.items() if n > draw}
         self.waited += time.perf_counter() - started
         return parts
@@ -146,13 +148,15 @@ class Trainer:
         ctx, phase = self.ctx, slot.phase
         ctx.phase, ctx.repeat = phase.name, slot.repeat
         self.roles.train_only(phase.trains)
-        ctx.stats = self._statistics(parts)
+        ctx.stats = self.statistics(parts)
         scaler = self.scalers[phase.name]
         weight = torch.zeros((), device=ctx.device)
         self.roles.dropout(True)
-        for number, batch in enumerate(parts):
+        for number, batch in enumerate(part.to(ctx.device) for part in parts):
             if self.roles.has_dropout:
-                torch.manual_seed(int(generator(ctx.seed, "dropout", self.step, slot.fresh, number).integers(1 << 31)))
+                torch.manual_seed(
+                    int(generator(ctx.seed, "dropout", self.step, slot.fresh, number, self.rank).integers(1 << 31))
+                )
             loss = self.method.loss(ctx, batch, phase)
             weights = loss.weights.detach()
             # a nominal divisor keeps fp16 in range; the true weight sum follows once it is known everywhere
@@ -170,18 +174,20 @@ class Trainer:
             finite = 1 - skipped
             self.meter.add(f"grad_norm/{role}", torch.nan_to_num(norm, 0.0, 0.0, 0.0) * finite, finite)
             self.skipped += skipped
+            self.streak = (self.streak + skipped) * skipped
             optimizer.zero_grad(set_to_none=True)
         if scaler.is_enabled():
             scaler.update()
 
-    def _statistics(self, parts: list[Batch]) -> dict[str, Tensor]:
+    def statistics(self, parts: Sequence[Batch]) -> dict[str, Tensor]:
         """Sums of ``Method.statistics`` over micro-batches and processes."""
         if type(self.method).statistics is Method.statistics:
             return {}
         sums: dict[str, Tensor] = {}
         with torch.no_grad():
             for batch in parts:
-                for name, value in self.method.statistics(self.ctx, batch).items():
+                found = self.method.statistics(self.ctx, batch.to(self.ctx.device))
+                for name, value in found.items():
                     sums[name] = sums[name] + value if name in sums else value
         return {name: self.reduce(value) for name, value in sums.items()}
 
@@ -220,6 +226,7 @@ class Trainer:
             "ema": {role: ema.state_dict() for role, ema in self.ema.items()},
             "meter": {name: self.reduce(value) for name, value in sorted(self.meter.sums.items())},
             "skipped": self.skipped,
+            "streak": self.streak,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -236,6 +243,7 @@ class Trainer:
         mine = float(self.rank == 0)  # the sums are of all processes: one of them carries on
         self.meter.sums = {name: value.to(self.ctx.device) * mine for name, value in state["meter"].items()}
         self.skipped = state["skipped"].to(self.ctx.device)
+        self.streak = state["streak"].to(self.ctx.device)
         self._ahead.clear()
 
     def close(self) -> None:

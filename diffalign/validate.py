@@ -41,19 +41,20 @@ def heldout_metrics(trainer: Trainer, heldout: Source, recipe: ValidateRecipe) -
     mine = heldout.indices[trainer.rank :: trainer.world].tolist()
     padding = not mine  # more processes than rows: every process must know every metric's name
     mine = mine or heldout.indices[:1].tolist()
-    before = ctx.phase, ctx.repeat
+    before = ctx.phase, ctx.repeat, ctx.stats
     ctx.phase, ctx.repeat = PHASE, 0
     with torch.no_grad(), averaged(trainer):
         for draw in range(recipe.draws):
-            for start in range(0, len(mine), trainer.micro):
-                rows = mine[start : start + trainer.micro]
-                batch = heldout.load(rows, [draw] * len(rows)).to(ctx.device)
-                if padding:
-                    batch.weight.zero_()
+            cuts = [mine[start : start + trainer.micro] for start in range(0, len(mine), trainer.micro)]
+            parts = [heldout.load(rows, [draw] * len(rows)) for rows in cuts]
+            for part in parts if padding else ():
+                part.weight.zero_()
+            ctx.stats = trainer.statistics(parts)
+            for batch in (part.to(ctx.device) for part in parts):
                 loss = trainer.method.loss(ctx, batch, phase)
                 for name, (total, weight) in metric_sums(loss).items():
                     meter.add(name, total, weight)
-    ctx.phase, ctx.repeat = before
+    ctx.phase, ctx.repeat, ctx.stats = before
     return meter.read(trainer.reduce)
 
 
@@ -67,7 +68,9 @@ def sample_images(
         return trainer.ctx.model(role, x, t, rows, recipe.guidance)
 
     with torch.no_grad(), averaged(trainer):
-        return sample_model(model, call, cond, ids, size=size, steps=recipe.steps, seed=recipe.seed)
+        return sample_model(
+            model, call, cond, ids, size=size, steps=recipe.steps, seed=recipe.seed, batch=min(8, trainer.micro)
+        )
 
 
 def picture_statistics(images: list[Image]) -> dict[str, float]:

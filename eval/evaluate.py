@@ -50,6 +50,8 @@ class Sampling:
     batch: int = 8
     device: str = "auto"
     dtype: str = "auto"
+    revision: str | None = None
+    variant: str | None = None
 
 
 @dataclass

@@ -108,7 +108,9 @@ def test_bf16_stays_finite(method: Method[Any]) -> None:
 def test_fp16_scales_its_losses(method: Method[Any]) -> None:
     trainer = warm(make_trainer(method, autocast=torch.float16), 3)
     assert all(scaler.is_enabled() for scaler in trainer.scalers.values())
-    assert all(bool(torch.isfinite(w).all()) for w in weights(trainer))
+    assert float(trainer.skipped) == 0
+    fresh = weights(make_trainer(method))
+    assert all(bool(torch.isfinite(w).all()) for w in weights(trainer)) and gap(fresh, weights(trainer)) > 1e-4
 
 
 def test_full_copies_train_too(method: Method[Any]) -> None:
@@ -145,6 +147,9 @@ def test_draws_differ_by_seed_tag_visit_phase_repeat_and_id() -> None:
     assert torch.equal(reference[0], again[0]) and torch.equal(reference[1], again[1])
     assert not torch.equal(reference[1][0], reference[1][1])
     later = trainer.source.load([0, 1], [1, 1])
+    ours = trainer.ctx.rng("any", batch)
+    theirs = trainer.ctx.rng("any", later)
+    assert len({float(r.random()) for r in [*ours, *theirs]}) == 4  # by id and by visit
     changed = [
         draw_noise(1, "noise", "main", 0, batch, shape, 1000),
         draw_noise(2**32, "noise", "main", 0, batch, shape, 1000),  # torch's generators would repeat seed 0 here

@@ -236,10 +236,11 @@ def test_a_file_takes_its_name_and_overrides(tmp_path: Path) -> None:
 
 
 def test_data_options_alone() -> None:
-    assert data_recipe(["path=x", "ties=keep", "resolution=64"]).ties == "keep"
+    assert data_recipe("x: y/z", ["ties=keep", "resolution=64"])
+    assert (found.path, found.ties) == ("a=b: c", "keep"), "a path is taken as it is"
     for text, expected in (("tyes=keep", "did you mean 'ties'?"), ("resolution=-1", "'resolution'")):
         with pytest.raises(UserError, match="data options") as caught:
-            data_recipe(["path=x", text])
+            data_recipe("x", [text])
         assert expected in str(caught.value)
 
 
@@ -260,7 +261,7 @@ def test_the_schema_names_every_key() -> None:
 def test_reading_recipes_imports_nothing_heavy() -> None:
     """All but the method's own settings: those stand beside the method, which computes with torch."""
     code = (
-        "import sys, diffalign, diffalign.cli, diffalign.recipe as r; r.data_recipe(['path=x']); r.builtin_recipes(); "
+        "import sys, diffalign, diffalign.cli, diffalign.recipe as r; r.data_recipe('x', []); r.builtin_recipes(); "
         "diffalign.list_methods(); assert not {'torch', 'diffusers', 'transformers', 'datasets'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

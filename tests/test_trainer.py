@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from world import Rows, TwoRole, TwoRoleConfig, make_trainer, warm, weights
+from world import Rows, TwoRole, TwoRoleConfig, gap, make_trainer, warm, weights
 
 from diffalign.checkpoint import checkpoint_dirs, load_checkpoint, prune, save_checkpoint
 from diffalign.data.batch import Cond
@@ -15,13 +15,15 @@ from diffalign.data.source import Source, split_heldout
 from diffalign.errors import UserError
 from diffalign.methods import make_method
 from diffalign.methods.base import Loss
+from diffalign.methods.preference.sft import SFT, SFTConfig
 from diffalign.optim import guarded_step, lr_factor, make_optimizer
-from diffalign.recipe import TrainRecipe
+from diffalign.recipe import TrainRecipe, ValidateRecipe
 from diffalign.trainer import plan_slots
+from diffalign.validate import heldout_metrics
 
 
 def source(n: int = 10, seed: int = 0, dropout: float = 0.0) -> Source:
-    return Source(Rows(n), range(n), "pair", seed, Cond(torch.full((1, 5, 16), 7.0)), dropout)  # type: ignore[arg-type]
+    return Source(Rows(n), range(n), seed, Cond(torch.full((1, 5, 16), 7.0)), dropout)  # type: ignore[arg-type]
 
 
 def test_slots_repeat_and_reuse() -> None:
@@ -146,8 +148,8 @@ def test_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     def wait(self: torch.Tensor, *args: object) -> None:
         raise AssertionError("a number was read in the step")
 
-    monkeypatch.setattr(torch.Tensor, "item", wait)
-    monkeypatch.setattr(torch.Tensor, "tolist", wait)
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, wait)
     trainer.train_step()
 
 
@@ -163,3 +165,37 @@ def test_checkpoints_are_whole_or_absent(tmp_path: Path) -> None:
     (tmp_path / "step-000004/state.pt").write_bytes(b"torn")
     with pytest.raises(UserError, match="no readable checkpoint"):
         load_checkpoint(tmp_path / "step-000004")
+
+
+class Centred(SFT):
+    """A coupled method: each error against the mean of the whole batch."""
+
+    couples = "batch"
+
+    def statistics(self, ctx, batch):  # type: ignore[no-untyped-def]
+        loss = super().loss(ctx, batch, self.phases[0])
+        return {"sum": loss.values.sum(), "count": loss.weights.sum()}
+
+    def loss(self, ctx, batch, phase) -> Loss:  # type: ignore[no-untyped-def]
+        loss = super().loss(ctx, batch, phase)
+        mean = ctx.stats["sum"] / ctx.stats["count"]
+        return Loss((loss.values - mean).square() + loss.values, loss.weights, {"mean": mean})
+
+
+def test_statistics_are_of_the_whole_batch_whatever_the_micro_batch() -> None:
+    steady = {"max_grad_norm": None, "eps": 1e-2}
+    whole = warm(make_trainer(Centred(SFTConfig()), **steady), 2)
+    parts = warm(make_trainer(Centred(SFTConfig()), micro_batch=1, **steady), 2)
+    assert gap(weights(whole), weights(parts)) < 1e-5
+
+
+def test_heldout_metrics_have_their_own_statistics_and_never_change() -> None:
+    trainer = make_trainer(Centred(SFTConfig()), micro_batch=2)
+    heldout = Source(Rows(3, seed=9, kind="image"), range(3), 0, Cond(torch.zeros(1, 5, 16)))  # type: ignore[arg-type]
+    recipe = ValidateRecipe(draws=2)
+    first = heldout_metrics(trainer, heldout, recipe)
+    assert heldout_metrics(trainer, heldout, recipe) == first
+    warm(trainer, 1)
+    kept = dict(trainer.ctx.stats)
+    assert heldout_metrics(trainer, heldout, recipe) != first
+    assert trainer.ctx.stats == kept

@@ -28,7 +28,8 @@ WIDTH, TOKENS = 16, 5
 class Rows:
     """Random pairs in memory, with what a cache offers to a Source."""
 
-    def __init__(self, n: int = 12, seed: int = 3) -> None:
+    def __init__(self, n: int = 12, seed: int = 3, kind: str = "pair") -> None:
+        self.kind = kind
         self.ids = [f"row-{i}" for i in range(n)]
         self.chosen = keyed.normal((n, 4, 8, 8), seed, "chosen")
         self.rejected = keyed.normal((n, 4, 8, 8), seed, "rejected")
@@ -39,7 +40,9 @@ class Rows:
         return Batch(
             tuple(self.ids[i] for i in rows),
             tuple(visits),
-            {"chosen": self.chosen[rows], "rejected": self.rejected[rows]},
+            {"chosen": self.chosen[rows], "rejected": self.rejected[rows]}
+            if self.kind == "pair"
+            else {"image": self.chosen[rows]},
             {"prompt": Cond(self.embeds[rows])},
             {},
             torch.ones(len(rows)),
@@ -80,10 +83,8 @@ def make_trainer(
     roles = make_roles(
         names, storage, modules=modules, checkpointing=checkpointing, reference=method.needs.reference, seed=seed
     )
-    rows = rows or Rows()
-    kind = method.needs.batch
-    assert kind in ("pair", "image")
-    source = Source(rows, range(len(rows.ids)), kind, seed, Cond(torch.zeros(1, TOKENS, WIDTH)))  # type: ignore[arg-type]
+    rows = rows or Rows(kind=method.needs.batch)
+    source = Source(rows, range(len(rows.ids)), seed, Cond(torch.zeros(1, TOKENS, WIDTH)))  # type: ignore[arg-type]
     ctx = make_context(roles, seed, autocast=autocast)
     return Trainer(method, ctx, source, settings, accelerator or Accelerator(cpu=True))
 

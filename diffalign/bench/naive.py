@@ -100,7 +100,6 @@ def make_naive(parts: Parts) -> NaiveTrainer:
     encoding = Source(
         EncodingCache(source.cache),
         source.indices.tolist(),
-        source.kind,
         source.seed,
         source.uncond,
         source.caption_dropout,

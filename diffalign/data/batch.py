@@ -72,7 +72,7 @@ class Batch:
         return len(self.ids)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same on another device; the copies do not wait."""
+        """The same on another device; copies from pinned memory do not wait."""
         return Batch(
             self.ids,
             self.visits,
@@ -81,6 +81,21 @@ class Batch:
             {k: v.to(device, non_blocking=True) for k, v in self.columns.items()},
             self.weight.to(device, non_blocking=True),
             {k: (t.to(device, non_blocking=True), e.to(device, non_blocking=True)) for k, (t, e) in self.drawn.items()},
+        )
+
+    def pin(self) -> Batch:
+        """The same in page-locked memory, from where copies to a GPU do not wait."""
+        return Batch(
+            self.ids,
+            self.visits,
+            {k: v.pin_memory() for k, v in self.latents.items()},
+            {
+                k: Cond(v.embeds.pin_memory(), {n: a.pin_memory() for n, a in v.added.items()})
+                for k, v in self.cond.items()
+            },
+            {k: v.pin_memory() for k, v in self.columns.items()},
+            self.weight.pin_memory(),
+            {k: (t.pin_memory(), e.pin_memory()) for k, (t, e) in self.drawn.items()},
         )
 
     def take(self, index: Sequence[int]) -> Batch:

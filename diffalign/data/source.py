@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ class Source:
     Args:
         cache: the encoded rows.
         indices: which rows of it (training or held-out).
-        kind: ``pair`` gives chosen and rejected, ``image`` the chosen (or only) image.
         seed: keys order, caption dropout and flips.
         caption_dropout: share of samples whose prompt is replaced by the unconditional one.
     """
@@ -31,14 +30,12 @@ class Source:
         self,
         cache: LatentCache,
         indices: Sequence[int],
-        kind: Literal["pair", "image"],
         seed: int,
         uncond: Cond,
         caption_dropout: float = 0.0,
     ) -> None:
         self.cache = cache
         self.indices = np.asarray(indices, dtype=np.int64)
-        self.kind = kind
         self.seed = seed
         self.uncond = uncond.to("cpu")
         self.caption_dropout = caption_dropout
@@ -58,9 +55,6 @@ class Source:
     def load(self, indices: Sequence[int], visits: Sequence[int]) -> Batch:
         """A batch on the CPU."""
         batch = self.cache.batch(indices, visits, self.seed)
-        if self.kind == "image":
-            image = batch.latents["chosen"] if "chosen" in batch.latents else batch.latents["image"]
-            batch.latents = {"image": image}
         if self.caption_dropout:
             self._drop_captions(batch)
         return batch

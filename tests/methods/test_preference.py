@@ -120,6 +120,9 @@ def test_mapo_gradients_and_limits() -> None:
     zero = torch.zeros(1, requires_grad=True)
     likelihood_score(zero).backward()
     assert zero.grad.item() == pytest.approx(-0.25)  # s'(0) = -c/2, no NaN
+    large = torch.tensor([1000.0], requires_grad=True)
+    likelihood_score(large).backward()
+    assert large.grad.item() == 0  # no overflow, no NaN
     small = torch.tensor([1.9e-4, 2.1e-4])  # both sides of the switch to the series
     torch.testing.assert_close(likelihood_score(small), likelihood_score(small.double()).float())
     assert mapo_loss(t64(0.2), t64(0.1), beta=0.0)[0].item() == pytest.approx(0.2)  # (e): SFT

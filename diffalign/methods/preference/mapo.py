@@ -12,11 +12,13 @@ from ..pair import PairConfig, PairErrors, PairMethod
 
 
 def likelihood_score(error: Tensor, scale: float = 0.5) -> Tensor:
-    """s(m) = c m / expm1(c m) of per-sample errors m >= 0: strictly falling, s(0) = 1, s'(0) = -c/2."""
+    """s(m) = c m / expm1(c m) of per-sample errors m >= 0: strictly falling, s(0) = 1, s'(0) = -c/2.
+
+    Written with exp(-c m), so that a large error gives 0 and no NaN gradient."""
     x = scale * error
     small = x < 1e-4
     safe = torch.where(small, torch.ones_like(x), x)
-    return torch.where(small, 1 - x / 2 + x * x / 12, safe / torch.expm1(safe))
+    return torch.where(small, 1 - x / 2 + x * x / 12, -safe * torch.exp(-safe) / torch.expm1(-safe))
 
 
 def mapo_loss(

@@ -263,7 +263,7 @@ def sample_model(
             part = cond.take(list(rows)).to(model.device)
             noise = torch.stack([normal(shape, seed, "sample", ids[row], 0) for row in rows]).to(model.device)
             latents = denoiser.sample(partial(_called, call, part), noise, times)
-            images += to_images(model.decode(latents))
+            images += to_images(model.decode(latents, batch=min(2, batch)))
     return images
 
 

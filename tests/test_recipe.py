@@ -236,7 +236,7 @@ def test_a_file_takes_its_name_and_overrides(tmp_path: Path) -> None:
 
 
 def test_data_options_alone() -> None:
-    assert data_recipe("x: y/z", ["ties=keep", "resolution=64"])
+    found = data_recipe("a=b: c", ["ties=keep", "resolution=64"])
     assert (found.path, found.ties) == ("a=b: c", "keep"), "a path is taken as it is"
     for text, expected in (("tyes=keep", "did you mean 'ties'?"), ("resolution=-1", "'resolution'")):
         with pytest.raises(UserError, match="data options") as caught:

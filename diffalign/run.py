@@ -318,8 +318,8 @@ class Session:
             self.log.write(trainer.step, values)
         if streak > train.max_nonfinite:
             raise RunError(
-                f"{streak} updates in a row had non-finite gradients (train.max_nonfinite={train.max_nonfinite}); lower "
-                f"train.lr or set train.precision=bf16 or fp32; {self.go_on()}"
+                f"{streak} updates in a row had non-finite gradients (train.max_nonfinite={train.max_nonfinite}); "
+                f"lower train.lr or set train.precision=bf16 or fp32; {self.go_on()}"
             )
         return values
 

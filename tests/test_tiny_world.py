@@ -146,7 +146,7 @@ def _gaps(name: str, asked: list[str], good: np.ndarray, bad: np.ndarray) -> np.
     with torch.no_grad():
         out = model(**batch)
     score = model.logit_scale.exp() * (out.text_embeds.repeat(2, 1) * out.image_embeds).sum(1)
-    return (score[: len(asked)] - score[len(asked) :]).numpy()
+    return (score[: len(asked)] - score[len(asked) :]).detach().numpy()
 
 
 @pytest.mark.parametrize(("name", "least"), [("tiny-pickscore", 0.9), ("tiny-clip", 0.85)])

@@ -39,6 +39,7 @@ def settings(model: Path, data: Path, out: Path, **changes: Any) -> list[str]:
         "model.path": model,
         "model.lora.rank": 4,
         "model.lora.alpha": 6,
+        "method.beta": 1000,
         "data.path": data,
         "data.cache_dir": out.parent / "cache",
         "train.steps": 12,

@@ -238,7 +238,7 @@ def test_checkpoints_of_other_recipes_and_rows_are_refused(
     steps, log = checkpoints(straight), (straight / "log.jsonl").read_bytes()
     for key, value, old in (
         ("train.lr", 2e-2, "0.01"),
-        ("method.beta", 7, "1000"),
+        ("method.beta", 7.0, "1000.0"),
         ("model.lora.rank", 8, "4"),
         ("train.seed", 1, "0"),
         ("validate.pairs", 3, "2"),
@@ -387,7 +387,7 @@ def test_too_many_of_them_stop_the_run(options: dict[str, object], place: Path) 
     done = diffalign(*args, code=POISON.format(steps="range(7, 99)"))
     assert done.status == 1
     last = done.err.splitlines()[-1]
-    assert "updates had non-finite gradients (limit train.max_nonfinite=2)" in last
+    assert "in a row had non-finite gradients (train.max_nonfinite=2)" in last
     assert f"the last checkpoint is {out}/checkpoints/step-" in last
     tensors, _ = load_checkpoint(checkpoint_dirs(out / "checkpoints")[-1])
     assert all(bool(torch.isfinite(w).all()) for w in tensors["roles"]["student"].values())

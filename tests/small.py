@@ -34,7 +34,8 @@ def write_pairs(folder: Path, count: int = 12, first: int = 0) -> Path:
 
 
 def settings(model: Path, data: Path, out: Path, **changes: Any) -> list[str]:
-    """A recipe's name and overrides for a run of 12 steps that takes seconds. ``changes``: section__key=value."""
+    """A recipe's name and overrides for a run of 12 steps that takes seconds. ``changes``: section__key=value, None to
+    leave a key to the recipe."""
     values: dict[str, Any] = {
         "model.path": model,
         "model.lora.rank": 4,
@@ -58,7 +59,7 @@ def settings(model: Path, data: Path, out: Path, **changes: Any) -> list[str]:
         "output.trackers": "[]",
     }
     values |= {key.replace("__", "."): value for key, value in changes.items()}
-    return ["tiny/dpo", *(f"{key}={value}" for key, value in values.items())]
+    return ["tiny/dpo", *(f"{key}={value}" for key, value in values.items() if value is not None)]
 
 
 def log_of(folder: Path, kind: str = "train") -> list[dict[str, Any]]:

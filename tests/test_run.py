@@ -231,12 +231,13 @@ def test_a_plain_image_folder_trains_sft(tiny_model_folder: Path, place: Path) -
         picture(i, (80, 64)).save(folder / f"{i}.png")
         lines.append(json.dumps({"file_name": f"{i}.png", "prompt": f"a thing {i}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
-    overrides = settings(tiny_model_folder, folder, place / "sft", train__steps=4, validate__pairs=1)[1:]
+    sft: dict[str, Any] = {"method__beta": None, "train__steps": 4, "validate__pairs": 1}
+    overrides = settings(tiny_model_folder, folder, place / "sft", **sft)[1:]
     recipe = load_recipe("tiny/sft", overrides)
     run = train(recipe, progress=False)
     assert run.step == 4 and "chosen_error" in log_of(run.dir)[-1]
-    chosen = settings(tiny_model_folder, write_pairs(place / "sft-pairs"), place / "sft-chosen", train__steps=2)[1:]
-    assert diffalign.train("tiny/sft", chosen, progress=False).step == 2, "the chosen pictures of pairs"
+    chosen = settings(tiny_model_folder, write_pairs(place / "sft-pairs"), place / "sft-chosen", **sft)[1:]
+    assert diffalign.train("tiny/sft", chosen, progress=False).step == 4, "the chosen pictures of pairs"
 
 
 def photo(folder: Path, name: str, size: tuple[int, int], key: int, orientation: int = 1, alpha: bool = False) -> str:

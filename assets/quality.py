@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from diffalign.eval.oracle import Oracle
 from diffusers import AutoencoderKL
+
+from diffalign.eval.oracle import Oracle
 
 from . import scenes
 from .common import start, to_tensor

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from diffalign.eval.oracle import Oracle, OracleNet
 
 from . import scenes
@@ -33,7 +34,8 @@ def train(folder: Path, steps: int = STEPS) -> None:
         set_lr(opt, LR * (1 - k / steps))
         pick = torch.from_numpy(rng.integers(0, PICTURES - 1000, BATCH))
         out = net(soften(to_signed(images[pick]), rng))
-        loss = sum(F.cross_entropy(o, target[pick, j], ignore_index=-100) for j, o in enumerate(out))
+        losses = [F.cross_entropy(o, target[pick, j], ignore_index=-100) for j, o in enumerate(out)]
+        loss = torch.stack(losses).sum()
         opt.zero_grad(set_to_none=True)
         loss.backward()
         opt.step()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .console import Console
 from .recipe import load_recipe
@@ -51,7 +51,8 @@ def run_demo(out: Path, steps: int | None = None, prompts: int = 200, progress: 
 
     started = time.perf_counter()
     say = narrator(progress)
-    recipe = load_recipe("tiny/dpo", **{"output.dir": str(out / "run")}, **({"steps": steps} if steps else {}))
+    values: dict[str, Any] = {"output.dir": str(out / "run"), **({"steps": steps} if steps else {})}
+    recipe = load_recipe("tiny/dpo", **values)
     say("1. the shipped pairs: sampled from the tiny base model, labelled by the tiny PickScore, with noise and flaws")
     say(f"2. a LoRA is trained by Diffusion-DPO for {recipe.train.steps} steps; base samples first")
     run = train(recipe, "auto", progress)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +27,16 @@ def lr_factor(recipe: TrainRecipe, step: int) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
 
-def make_optimizer(recipe: TrainRecipe, parameters: Sequence[nn.Parameter], role: str) -> torch.optim.Optimizer:
-    """The optimiser of one role over fp32 parameters.
+def check_optimizer(recipe: TrainRecipe) -> None:
+    """Raises UserError when the optimiser's package is not installed."""
+    if recipe.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise UserError(
+            "train.optimizer=adamw8bit needs bitsandbytes; pip install 'diffalign[8bit]' or set train.optimizer=adamw"
+        )
 
-    Raises UserError when the optimiser's package is not installed."""
+
+def make_optimizer(recipe: TrainRecipe, parameters: Sequence[nn.Parameter], role: str) -> torch.optim.Optimizer:
+    """The optimiser of one role over fp32 parameters."""
     lr = recipe.role_lr.get(role, recipe.lr)
     group = list(parameters)
     if recipe.optimizer == "adamw":
@@ -48,12 +55,8 @@ def make_optimizer(recipe: TrainRecipe, parameters: Sequence[nn.Parameter], role
             relative_step=False,
             clip_threshold=1.0,
         )
-    try:
-        import bitsandbytes as bnb
-    except ImportError as error:
-        raise UserError(
-            "train.optimizer=adamw8bit needs bitsandbytes; pip install 'diffalign[8bit]' or set train.optimizer=adamw"
-        ) from error
+    import bitsandbytes as bnb
+
     optimizer: torch.optim.Optimizer = bnb.optim.AdamW8bit(
         group, lr=lr, betas=recipe.betas, eps=recipe.eps, weight_decay=recipe.weight_decay
     )

@@ -20,6 +20,7 @@ from .console import Console
 from .errors import Interrupted, RunError, UserError
 from .export import export_run
 from .meter import RunLog, check_trackers, read_log
+from .optim import check_optimizer
 from .recipe import Recipe
 from .setup import Parts, build, check_same_recipe
 from .validate import BestKeeper, heldout_metrics, picture_statistics, sample_images
@@ -172,6 +173,7 @@ class Session:
         self.folder = recipe.output_dir()
         check_writable(self.folder)
         check_trackers(recipe.output)
+        check_optimizer(recipe.train)
         checkpoint = find_checkpoint(self.folder, resume)
         tensors, facts = load_checkpoint(checkpoint) if checkpoint else ({}, {})
         if checkpoint:

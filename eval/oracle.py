@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffalign.assets.scenes import COLOURS, LAYOUTS, SHAPES, SIZE, labels, parse
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from diffalign.assets.scenes import COLOURS, LAYOUTS, SHAPES, SIZE, labels, parse
 
 HEADS = (len(LAYOUTS), len(COLOURS), len(SHAPES), len(COLOURS), len(SHAPES))
 KEYS = ("layout", "colours", "shapes", "all")

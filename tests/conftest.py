@@ -35,9 +35,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     slow = pytest.mark.skip(reason="slow: run by name with `make test-slow`")
     gpu = pytest.mark.skip(reason="gpu: no CUDA device here")
     for item in items:
-        if "slow" in item.keywords and not ask_slow:
+        if item.get_closest_marker("slow") and not ask_slow:
             item.add_marker(slow)
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(gpu)
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffalign.eval.compare import compare
-from diffalign.eval.rows import Meta, Row, write_meta, write_rows
 from rich.console import Console
 
 from diffalign.errors import UserError
+from diffalign.eval.compare import compare
+from diffalign.eval.rows import Meta, Row, write_meta, write_rows
 
 FINGERPRINT = {"scorer": "clip", "weights": "ab" * 32, "dtype": "fp32"}
 Change = Callable[[Row], Row | None]

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffalign.eval.items import read_items
-from diffalign.eval.preprocess import CLIP_MEAN, CLIP_STD, P1, decode
-from diffalign.eval.prompts import builtin_sets, prompts_sha256, read_prompts, text_id
 from eval_tiny import golden, write_samples
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from diffalign.errors import UserError
+from diffalign.eval.items import read_items
+from diffalign.eval.preprocess import CLIP_MEAN, CLIP_STD, P1, decode
+from diffalign.eval.prompts import builtin_sets, prompts_sha256, read_prompts, text_id
 
 GOLDEN = [
     ((512, 512), "torchvision", 19108009, "f5c00bf1c11a"),

@@ -11,18 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffalign.eval.compare import compare
-from diffalign.eval.curves import health, panels, read_log, series
-from diffalign.eval.evaluate import Sampling, evaluate, parse_model, parse_models
-from diffalign.eval.plots import Curve, curves_svg, gains_svg, log_ticks, ticks
-from diffalign.eval.report import ReportData, Sheet, headline, render_report, write_report, write_run_report
-from diffalign.eval.score import score_images
 from eval_tiny import write_samples, write_tiny_clip
 from PIL import Image
 from rich.console import Console
 from tiny import write_tiny_model
 
 from diffalign.errors import UserError
+from diffalign.eval.compare import compare
+from diffalign.eval.curves import health, panels, read_log, series
+from diffalign.eval.evaluate import Sampling, evaluate, parse_model, parse_models
+from diffalign.eval.plots import Curve, curves_svg, gains_svg, log_ticks, ticks
+from diffalign.eval.report import ReportData, Sheet, headline, render_report, write_report, write_run_report
+from diffalign.eval.score import score_images
 
 PROMPTS = ["a red circle", "a <b>bold</b> & 'quoted' prompt", "two", "three", "four"]
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from diffalign.eval.rows import Meta, meta_path, read_rows, read_score_file
-from diffalign.eval.score import score_images
-from diffalign.eval.scorers import load_scorer
 from eval_tiny import write_samples, write_tiny_clip
 from PIL import Image
 
 from diffalign.errors import UserError
+from diffalign.eval.rows import Meta, meta_path, read_rows, read_score_file
+from diffalign.eval.score import score_images
+from diffalign.eval.scorers import load_scorer
 
 PROMPTS = [f"prompt number {i}" + " and more" * (i % 3) for i in range(10)]
 

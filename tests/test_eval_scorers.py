@@ -13,16 +13,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffalign.eval.scorers import list_scorers, load_scorer, load_scorers, parse_scorers
-from diffalign.eval.scorers._clip import projected
-from diffalign.eval.scorers.clip import Clip
-from diffalign.eval.scorers.pickscore import PickScore
 from eval_tiny import golden, write_tiny_clip
 from PIL import Image
 from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from diffalign.errors import UserError
+from diffalign.eval.scorers import list_scorers, load_scorer, load_scorers, parse_scorers
+from diffalign.eval.scorers._clip import projected
+from diffalign.eval.scorers.clip import Clip
+from diffalign.eval.scorers.pickscore import PickScore
 
 SIZES = [(40, 40), (32, 32), (33, 70), (90, 41), (227, 224)]
 PROMPTS = ["a cat", "two dogs", "x", "a red circle above a blue square", "hello"]

@@ -13,10 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffalign.eval.prompts import Prompt
-from diffalign.pipelines import sample as module
-from diffalign.pipelines.grid import grid
-from diffalign.pipelines.sample import SampleSpec, sample, sample_model
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -26,8 +22,12 @@ from tiny import write_tiny_model
 from diffalign.data.batch import Cond
 from diffalign.denoiser import guide
 from diffalign.errors import Interrupted, UserError
+from diffalign.eval.prompts import Prompt
 from diffalign.families import Model, load_model, save_lora
 from diffalign.keyed import normal
+from diffalign.pipelines import sample as module
+from diffalign.pipelines.grid import grid
+from diffalign.pipelines.sample import SampleSpec, sample, sample_model
 from diffalign.recipe import ModelRecipe
 
 PROMPTS = [Prompt(f"p{i}", f"a cat with {i} hats", "hats" if i % 2 else None) for i in range(5)]

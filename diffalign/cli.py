@@ -49,7 +49,10 @@ def out() -> Any:
     """A console on stdout that does not colour or wrap what a pipe reads."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 140  # a table in a file is not cut to an imagined screen
+    return console
 
 
 def print_rows(rows: list[dict[str, Any]], columns: list[str], as_json: bool) -> None:

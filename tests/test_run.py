@@ -280,3 +280,41 @@ def test_ordinary_photos_train_with_the_same_command(tiny_model_folder: Path, pl
     assert latents.shape == (4, 8, 8) and bool(torch.isfinite(latents).all())
     turned = session.parts.cache[1].sizes["chosen"].tolist()
     assert turned[:2] == [120, 400], "height and width after the rotation that EXIF asks for"
+
+
+def test_curves_go_to_tensorboard_once(tiny_model_folder: Path, pairs: Path, place: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    same = {"output__trackers": "[tensorboard]", "train__log_every": 1, "train__save_every": 2, "validate__every": 2}
+    make(tiny_model_folder, pairs, place / "board", train__steps=2, **same)
+    run, _ = make(tiny_model_folder, pairs, place / "board", train__steps=4, **same)  # goes on from step 2
+    events = EventAccumulator(str(run.dir / "tensorboard")).Reload()
+    drawn = {e.step: e.value for e in events.Scalars("train/loss")}
+    assert drawn == pytest.approx(dict(run.curve("loss")), rel=1e-5) and list(drawn) == [1, 2, 3, 4]
+    assert [e.step for e in events.Scalars("validate/loss")] == [s for s, _ in run.curve("loss", "validate")]
+
+
+def test_the_best_weights_can_be_exported(tiny_model_folder: Path, pairs: Path, place: Path) -> None:
+    hasty = {"train__lr": 0.2, "train__steps": 6, "validate__every": 1, "train__save_every": 1, "train__keep": 1}
+    run, _ = make(tiny_model_folder, pairs, place / "best", output__weights="best", **hasty)
+    losses = dict(run.curve("loss", "validate"))
+    best = min((s for s in losses if s > 0), key=lambda s: losses[s])
+    assert best < 6, "the last step is the best: nothing is tested"
+    saved = torch.load(run.dir / f"checkpoints/step-{best:06d}/state.pt", weights_only=True)["roles"]["student"]
+    exported = lora_of(run.dir)
+    assert all(torch.equal(exported["unet." + k.replace(".student.", ".")], v) for k, v in saved.items())
+
+
+def test_a_checkpoint_is_bound_to_its_weights(tiny_model_folder: Path, pairs: Path, place: Path) -> None:
+    import shutil
+
+    from diffusers import UNet2DConditionModel
+
+    model = shutil.copytree(tiny_model_folder, place / "model")
+    make(model, pairs, place / "bound", train__steps=2)
+    unet = UNet2DConditionModel.from_pretrained(model / "unet")
+    with torch.no_grad():
+        unet.conv_in.weight.add_(0.1)
+    unet.save_pretrained(model / "unet")
+    with pytest.raises(UserError, match="trained on other weights"):
+        make(model, pairs, place / "bound", train__steps=4)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import ConfigDict
 from torch import Tensor, nn
+
+from ..recipe import Section
 
 if TYPE_CHECKING:
     from ..context import Context
@@ -19,17 +21,10 @@ Stats = dict[str, Tensor]
 Columns = dict[str, Tensor]
 
 
-class MethodConfig(BaseModel):
-    """Settings of a method; unknown keys are refused."""
+class MethodConfig(Section):
+    """Settings of a method, checked as strictly as the sections of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, value: object, info: ValidationInfo) -> object:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
-            raise ValueError("true and false are no value here")
-        return value
+    model_config = ConfigDict(frozen=True)
 
 
 @dataclass(frozen=True)

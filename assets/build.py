@@ -75,11 +75,14 @@ def _unet(w: World) -> None:
 
 
 def _refine(w: World) -> None:
+    from diffalign.eval.oracle import Oracle
+
     from . import train_unet
 
+    oracle = Oracle.from_pretrained(str(w.root / "tiny-oracle"))  # says when to stop; it teaches nothing
     first, second = train_unet.COURSES
-    train_unet.refine(w.work / "refined", w.work / "unet", w.vae, first)
-    train_unet.refine(w.root / "tiny-sd", w.work / "refined", w.vae, second)
+    train_unet.refine(w.work / "refined", w.work / "unet", w.vae, first, oracle)
+    train_unet.refine(w.root / "tiny-sd", w.work / "refined", w.vae, second, oracle)
 
 
 def _clip(w: World) -> None:
@@ -148,7 +151,7 @@ STAGES: dict[str, Stage] = {
     "vae": Stage(_vae, (), lambda w: w.vae / "config.json"),
     "oracle": Stage(_oracle, (), lambda w: w.root / "tiny-oracle" / "config.json"),
     "unet": Stage(_unet, ("tokenizer", "vae"), lambda w: _either(w.work / "unet", w.root / "tiny-sd") / INDEX),
-    "refine": Stage(_refine, ("unet",), lambda w: w.root / "tiny-sd" / INDEX),
+    "refine": Stage(_refine, ("unet", "oracle"), lambda w: w.root / "tiny-sd" / INDEX),
     "clip": Stage(_clip, ("tokenizer", "vae"), lambda w: w.root / "tiny-clip" / "model.safetensors"),
     "pickscore": Stage(_pickscore, ("clip",), lambda w: w.root / "tiny-pickscore" / "model.safetensors"),
     "samples": Stage(

@@ -1,0 +1,163 @@
+"""Sampling and judging: sample, score, eval, compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    Guidance,
+    Height,
+    Negative,
+    PerPrompt,
+    Quiet,
+    Revision,
+    Scheduler,
+    Seed,
+    Steps,
+    Variant,
+    Width,
+    app,
+    out,
+)
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="A diffusers folder, hub id, built-in name, or full run's folder.")],
+    prompts: Annotated[str, typer.Option(help="A prompt file, built-in set, or the prompt itself.")],
+    to: Annotated[Path, typer.Option("--out", help="Folder for images and manifest.jsonl.")],
+    lora: Annotated[str | None, typer.Option(help="LoRA file, folder, or run's folder.")] = None,
+    lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
+    steps: Steps = 25,
+    guidance: Guidance = 7.5,
+    negative_prompt: Negative = None,
+    scheduler: Scheduler = "ddim",
+    height: Height = None,
+    width: Width = None,
+    seed: Seed = 0,
+    per_prompt: PerPrompt = 1,
+    batch: BatchSize = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    variant: Variant = None,
+    quiet: Quiet = False,
+) -> None:
+    """Sample images for prompts: the same noise for every model; resumes image by image."""
+    from ..eval.prompts import read_prompts
+    from ..pipelines.sample import SampleSpec
+    from ..pipelines.sample import sample as run_sample
+
+    spec = SampleSpec(
+        model=model,
+        lora=lora,
+        lora_scale=lora_scale,
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        scheduler=scheduler,
+        height=height,
+        width=width,
+        seed=seed,
+        per_prompt=per_prompt,
+        batch=batch,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        variant=variant,
+    )
+    print(run_sample(spec, read_prompts(prompts), to, progress=not quiet))
+
+
+@app.command()
+def score(
+    images: Annotated[str, typer.Argument(help="Folder with manifest.jsonl, or a plain folder of images.")],
+    scorers: Annotated[str, typer.Option(help="Names, comma-separated; name=PATH for own weights.")],
+    prompts: Annotated[str | None, typer.Option(help="Prompts, where there is no manifest.")] = None,
+    to: Annotated[Path | None, typer.Option("--out", help="scores.jsonl or .parquet.")] = None,
+    batch: BatchSize = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    strict: Annotated[bool, typer.Option(help="Unreadable images are an error.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score images by one or more scorers; resumes image by image."""
+    from ..eval.score import score_images
+
+    place = to or (Path(images) / "scores.jsonl" if Path(images).is_dir() else Path("scores.jsonl"))
+    result = score_images(
+        images, prompts, scorers, place, batch=batch, device=device, dtype=dtype, progress=not quiet, strict=strict
+    )
+    result.render(out())
+    print(result.out)
+
+
+@app.command(name="eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="[LABEL=]MODEL[+LORA[@SCALE]]; the first is the base.")],
+    prompts: Annotated[str, typer.Option(help="A prompt file or built-in set.")],
+    scorers: Annotated[str, typer.Option(help="Names, comma-separated; name=PATH for own weights.")],
+    to: Annotated[Path, typer.Option("--out", help="Folder for images, scores and report.html.")],
+    steps: Steps = 25,
+    guidance: Guidance = 7.5,
+    negative_prompt: Negative = None,
+    scheduler: Scheduler = "ddim",
+    height: Height = None,
+    width: Width = None,
+    seed: Seed = 0,
+    per_prompt: PerPrompt = 1,
+    batch: BatchSize = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    variant: Variant = None,
+    primary: Annotated[str | None, typer.Option(help="Scorer of the headline.")] = None,
+    in_loop: Annotated[str, typer.Option(help="Scorers that training used, comma-separated; they are marked.")] = "",
+    quiet: Quiet = False,
+) -> None:
+    """Sample, score and compare models on the same prompts and noise, with win rates and a report."""
+    from ..eval.evaluate import Sampling
+    from ..eval.evaluate import evaluate as run_eval
+
+    sampling = Sampling(
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        scheduler=scheduler,
+        height=height,
+        width=width,
+        seed=seed,
+        per_prompt=per_prompt,
+        batch=batch,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        variant=variant,
+    )
+    looped = [name for name in in_loop.split(",") if name]
+    run_eval(
+        models, prompts, scorers, to, sampling=sampling, primary=primary, in_loop=looped, progress=not quiet
+    ).render(out())
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="Score file or folder of the first model.")],
+    b: Annotated[Path, typer.Argument(help="Score file or folder of the second.")],
+    scorers: Annotated[str | None, typer.Option(help="Names, comma-separated; all that both have.")] = None,
+    in_loop: Annotated[str, typer.Option(help="Scorers that training used, comma-separated.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Paired win rate of A over B from score files, with bootstrap interval and exact sign test."""
+    from ..eval.compare import compare as run_compare
+
+    names = scorers.split(",") if scorers else None
+    found = run_compare(a, b, scorers=names, in_loop=[n for n in in_loop.split(",") if n])
+    print(found.json()) if as_json else found.render(out())

@@ -1,0 +1,58 @@
+"""Training and what belongs to it: train, cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import AsJson, Overrides, Quiet, Recipe, app, is_main, out
+
+
+@app.command()
+def train(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show what would happen; train nothing.")] = False,
+    resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint or run folder.")] = "auto",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a recipe; the run's folder holds checkpoints, samples, the model and report.html."""
+    from ..recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if plan:
+        from ..plan import make_plan
+
+        found = make_plan(loaded)
+        print(json.dumps(found.json(), indent=1)) if as_json else found.render(out())
+        return
+    from ..run import describe
+    from ..run import train as run_recipe
+
+    run = run_recipe(loaded, resume, progress=not quiet)
+    if not is_main():
+        return
+    if as_json:
+        print(json.dumps({"dir": str(run.dir), "step": run.step, "model": str(run.model), "report": str(run.report)}))
+        return
+    print(f"step {run.step}: {describe(run)}\nmodel: {run.model}\nreport: {run.report}")
+
+
+@app.command()
+def cache(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    to: Annotated[Path | None, typer.Option("--out", help="A folder of its own for this cache.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Encode a recipe's images and prompts ahead of time; resumes where it was stopped."""
+    from ..recipe import load_recipe
+    from ..setup import fill_cache
+
+    found = fill_cache(load_recipe(recipe, overrides or []), to, progress=not quiet)
+    if is_main():
+        print(f"{len(found)} rows, {found.encoded} entries encoded, cache {found.fingerprint}")

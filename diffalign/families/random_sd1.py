@@ -12,47 +12,36 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from .known import CLIP_L, SD15_UNET, VAE, Config
+
+WIDTHS = ("block_out_channels", "cross_attention_dim", "norm_num_groups")
+WIDTHS += ("hidden_size", "intermediate_size", "projection_dim")
 START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def divided(config: Config, divisor: int) -> Config:
+    """A config with every width divided."""
+    cut = {
+        key: tuple(w // divisor for w in value) if isinstance(value, tuple) else value // divisor
+        for key, value in config.items()
+        if key in WIDTHS
+    }
+    return config | cut
 
 
 def sd15_unet(divisor: int = 1, size: int = 64) -> UNet2DConditionModel:
     """SD1.5's U-Net with every width divided: 859.5 M weights at 1, 54 M at 4; latents of ``size`` x ``size``."""
-    return UNet2DConditionModel(
-        sample_size=size,
-        block_out_channels=tuple(width // divisor for width in (320, 640, 1280, 1280)),
-        layers_per_block=2,
-        cross_attention_dim=768 // divisor,
-        attention_head_dim=8,
-        norm_num_groups=32 // divisor,
-    )
+    return UNet2DConditionModel(**divided(SD15_UNET, divisor) | {"sample_size": size})
 
 
 def sd15_vae(divisor: int = 1, size: int = 64) -> AutoencoderKL:
     """SD1.5's VAE with every width divided: 83.7 M weights at 1."""
-    return AutoencoderKL(
-        block_out_channels=tuple(width // divisor for width in (128, 256, 512, 512)),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        norm_num_groups=32 // divisor,
-        sample_size=8 * size,
-    )
+    return AutoencoderKL(**divided(VAE, divisor) | {"sample_size": 8 * size})
 
 
 def sd15_text_encoder(divisor: int = 1) -> CLIPTextModel:
     """SD1.5's text encoder with every width divided: 123.1 M weights at 1."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=49408,
-            hidden_size=768 // divisor,
-            intermediate_size=3072 // divisor,
-            projection_dim=768 // divisor,
-            num_hidden_layers=12,
-            num_attention_heads=12,
-            max_position_embeddings=77,
-        )
-    )
+    return CLIPTextModel(CLIPTextConfig(**divided(CLIP_L, divisor)))
 
 
 def byte_tokenizer() -> CLIPTokenizer:

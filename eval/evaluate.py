@@ -20,6 +20,7 @@ from .rows import ScoreFile, read_score_file
 from .score import ScoreResult, score_images
 from .scorers import load_scorers, parse_scorers
 from .stats import bootstrap
+from .training_report import Training
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -190,7 +191,7 @@ def evaluate(
         means={label: {name: _mean(file, name) for name in names} for label, file in files.items()},
         gallery=[] if comparisons else _gallery(files[first.label]),
         primary=primary,
-        log=read_log(source) if source else [],
+        training=Training(log=read_log(source)) if source else None,
         notes=[f"{label}: {note}" for label, result in scores.items() for note in result.notes],
     )
     return Evaluation(folder, specs, scores, comparisons, write_report(data, folder / "report.html"))

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 from ..errors import UserError
 from .compare import Comparison, Pair, ScorerComparison, span
-from .curves import Health, LogRow, health, panels, read_log
+from .page import Sheet, environment, evenly, is_small, picture_uri
 from .plots import gains_svg, histograms_svg
 from .stats import Interval, Paired
+from .training_report import Training, read_training, training_view
 
-THUMBNAIL = 384  # longest side of a picture in the page; smaller ones stay as they are
-SHEET = 1600
-PIXELATED = 128  # pictures up to this side are shown with hard pixels
 GRID, EXTREMES = 16, 6
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A picture with a caption, such as a grid of samples at a step."""
-
-    caption: str
-    path: Path
 
 
 @dataclass(frozen=True)
@@ -48,8 +32,8 @@ class ReportData:
     """What a page shows; empty parts are left out.
 
     ``comparisons``: each of one model (A) against the first (B); the first comparison is the headline, by ``primary``
-    (a scorer; None: the first one that no training looked at). ``log``: rows of a run's log.jsonl. ``facts``: further
-    conventions in words. ``recipe``: YAML text. ``means``: by model and scorer. ``gallery``: pictures with captions."""
+    (a scorer; None: the first one that no training looked at). ``training``: a run's curves and samples. ``facts``:
+    further conventions in words. ``means``: by model and scorer. ``gallery``: pictures with captions."""
 
     title: str
     subtitle: str = ""
@@ -57,10 +41,8 @@ class ReportData:
     means: dict[str, dict[str, Mean]] = field(default_factory=dict)
     gallery: Sequence[Sheet] = ()
     primary: str | None = None
-    log: Sequence[LogRow] = ()
-    sheets: Sequence[Sheet] = ()
+    training: Training | None = None
     facts: dict[str, str] = field(default_factory=dict)
-    recipe: str | None = None
     notes: Sequence[str] = ()
 
 
@@ -99,27 +81,25 @@ class Section:
 
 def render_report(data: ReportData) -> str:
     """The page as text: no network, no scripts, all pictures inside. Raises UserError when there is nothing to show."""
-    from jinja2 import Environment
-
-    if not (data.comparisons or data.log or data.sheets or data.means):
+    training = data.training
+    if not (data.comparisons or data.means or (training and (training.log or training.sheets))):
         raise UserError("there is nothing to report: no comparison, no training log, no samples")
-    template = (resources.files(__package__ or "diffalign.eval") / "report.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     sections = [_section(c, data.primary) for c in data.comparisons]
-    verdict: Health | None = health(data.log) if data.log else None
-    return environment.from_string(template).render(
-        data=data,
-        sections=sections,
-        health=verdict if verdict and verdict.verdict != "unclear" else None,
-        means=[(label, [found.get(name) for name in _columns(data.means)]) for label, found in data.means.items()],
-        mean_names=_columns(data.means),
-        pixelated=bool(data.gallery) and _is_small(data.gallery[0].path),
-        gallery=[(sheet.caption, _uri(sheet.path)) for sheet in data.gallery],
-        curves=panels(data.log),
-        sheets=[(sheet.caption, _uri(sheet.path, SHEET)) for sheet in data.sheets],
-        facts=_facts(data),
-        fingerprints=_fingerprints(data.comparisons),
-        date=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
+    return (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            data=data,
+            sections=sections,
+            training=training_view(training) if training else None,
+            means=[(label, [found.get(name) for name in _columns(data.means)]) for label, found in data.means.items()],
+            mean_names=_columns(data.means),
+            pixelated=bool(data.gallery) and is_small(data.gallery[0].path),
+            gallery=[(sheet.caption, picture_uri(sheet.path)) for sheet in data.gallery],
+            facts=_facts(data),
+            fingerprints=_fingerprints(data.comparisons),
+            date=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
+        )
     )
 
 
@@ -139,22 +119,14 @@ def write_run_report(run_dir: str | Path, comparisons: Sequence[Comparison] = ()
     """``report.html`` of a training run's folder, from ``log.jsonl``, ``samples/*.png`` and ``recipe.yaml``.
 
     Raises UserError when the folder holds neither a log nor samples."""
-    folder = Path(run_dir)
-    recipe = folder / "recipe.yaml"
-    pictures = sorted((folder / "samples").glob("*.png"))
-    # First, last, and evenly between: what changed shows best in few.
-    chosen = [pictures[i] for i in sorted({round(x) for x in np.linspace(0, len(pictures) - 1, min(4, len(pictures)))})]
-    log = read_log(folder) if (folder / "log.jsonl").is_file() else []
-    last = max((row["step"] for row in log if isinstance(row["step"], int)), default=None)
+    training = read_training(run_dir)
     data = ReportData(
-        title=folder.resolve().name,
-        subtitle=f"training run, {last} steps" if last is not None else "training run",
+        title=Path(run_dir).resolve().name,
+        subtitle=f"training run, {training.steps} steps" if training.steps is not None else "training run",
         comparisons=comparisons,
-        log=log,
-        sheets=[Sheet(_sheet_name(path), path) for path in chosen],
-        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        training=training,
     )
-    return write_report(data, folder / "report.html")
+    return write_report(data, Path(run_dir) / "report.html")
 
 
 def headline(comparison: Comparison, primary: str | None = None) -> int:
@@ -209,7 +181,7 @@ def _section(c: Comparison, primary: str | None) -> Section:
         best=_tiles(c, best),
         worst=_tiles(c, worst),
         notes=c.notes,
-        pixelated=_is_small(c.b.images / lead.pairs[0].image_b),
+        pixelated=is_small(c.b.images / lead.pairs[0].image_b),
     )
 
 
@@ -253,8 +225,7 @@ def _extremes(s: ScorerComparison) -> tuple[list[Pair], list[Pair]]:
 
 def _evenly(pairs: Sequence[Pair], count: int) -> list[Pair]:
     """``count`` pairs, evenly through the list: nobody picked them."""
-    places = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).round()
-    return [pairs[int(i)] for i in places]
+    return [pairs[i] for i in evenly(pairs, count)]
 
 
 def _tiles(c: Comparison, pairs: Sequence[Pair]) -> list[Tile]:
@@ -266,7 +237,7 @@ def _tiles(c: Comparison, pairs: Sequence[Pair]) -> list[Tile]:
             (s.scorer, by[pair.id, pair.k]) for s, by in zip(c.scorers, scores, strict=True) if (pair.id, pair.k) in by
         ]
         words = " · ".join(f"{name} {_mark(p.b, name in judges)} → {_mark(p.a, name in judges)}" for name, p in found)
-        base, tuned = _uri(c.b.images / pair.image_b), _uri(c.a.images / pair.image_a)
+        base, tuned = picture_uri(c.b.images / pair.image_b), picture_uri(c.a.images / pair.image_a)
         tiles.append(Tile(pair.prompt, base, tuned, words))
     return tiles
 
@@ -278,37 +249,6 @@ def _mark(value: float, judge: bool) -> str:
 
 def _columns(means: dict[str, dict[str, Mean]]) -> list[str]:
     return list(dict.fromkeys(name for found in means.values() for name in found))
-
-
-def _is_small(path: Path) -> bool:
-    try:
-        with Image.open(path) as image:
-            return max(image.size) <= PIXELATED
-    except OSError:
-        return False
-
-
-def _uri(path: Path, longest: int = THUMBNAIL) -> str | None:
-    """A picture as a data URI: small ones as PNG, large ones shrunk to JPEG. None when unreadable."""
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except OSError:
-        return None
-    stream = io.BytesIO()
-    if max(image.size) <= PIXELATED:
-        image.save(stream, "PNG", optimize=True)
-        kind = "png"
-    else:
-        image.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-        image.save(stream, "JPEG", quality=88)
-        kind = "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def _sheet_name(path: Path) -> str:
-    step = path.stem.rpartition("-")[2]
-    return f"step {int(step)}" if step.isdigit() else path.stem
 
 
 def _facts(data: ReportData) -> dict[str, str]:

@@ -20,9 +20,11 @@ from diffalign.errors import UserError
 from diffalign.eval.compare import compare
 from diffalign.eval.curves import health, panels, read_log, series
 from diffalign.eval.evaluate import Sampling, evaluate, parse_model, parse_models
+from diffalign.eval.page import Sheet
 from diffalign.eval.plots import Curve, curves_svg, gains_svg, log_ticks, ticks
-from diffalign.eval.report import ReportData, Sheet, headline, render_report, write_report, write_run_report
+from diffalign.eval.report import ReportData, headline, render_report, write_report, write_run_report
 from diffalign.eval.score import score_images
+from diffalign.eval.training_report import Training
 
 PROMPTS = ["a red circle", "a <b>bold</b> & 'quoted' prompt", "two", "three", "four"]
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -91,7 +93,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_a_comparison_page(sides: tuple[Path, Path]) -> None:
     found = compare(*sides, in_loop=["clip"])
-    text = render_report(ReportData("Base & tuned", comparisons=[found], log=log_rows()))
+    text = render_report(ReportData("Base & tuned", comparisons=[found], training=Training(log=log_rows())))
     page = check_self_contained(text)
     rate = found.scorers[1].overall.win_rate
     assert f"{100 * rate:.1f}<small>" in text  # the first scorer was used in training, so the second speaks
@@ -134,7 +136,7 @@ def test_axes() -> None:
 def test_large_pictures_are_shrunk_and_absent_ones_said(sides: tuple[Path, Path], tmp_path: Path) -> None:
     large = tmp_path / "large.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (800, 1700, 3), dtype=np.uint8)).save(large)
-    text = render_report(ReportData("x", sheets=[Sheet("step 0", large)]))
+    text = render_report(ReportData("x", training=Training(sheets=[Sheet("step 0", large)])))
     assert len(text) < 1.8e6 < large.stat().st_size and "data:image/jpeg" in text
     found = compare(*sides)
     lost = [type(p)(**{**vars(p), "image_a": "gone.png"}) for p in found.scorers[0].pairs]
@@ -147,7 +149,7 @@ def test_nothing_to_say_is_an_error(tmp_path: Path) -> None:
         render_report(ReportData("x"))
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        write_report(ReportData("x", log=log_rows()), tmp_path / "file" / "r.html")
+        write_report(ReportData("x", training=Training(log=log_rows())), tmp_path / "file" / "r.html")
 
 
 def test_run_report(tmp_path: Path) -> None:

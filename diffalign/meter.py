@@ -65,6 +65,13 @@ class RunLog:
             tracker.write(step, {f"{kind}/{name}": value for name, value in values.items()})
         return row
 
+    def event(self, step: int, guard: str, text: str, policy: str) -> None:
+        """A guard that fired, as a row of kind ``guard``."""
+        row = {"step": step, "kind": "guard", "time": round(time.time(), 3), "guard": guard, "text": text}
+        self.rows.append(row | {"policy": policy})
+        self._file.write(json.dumps(self.rows[-1]) + "\n")
+        self._file.flush()
+
     def sync(self) -> None:
         """Everything on disk, before a checkpoint says that it is."""
         self._file.flush()

@@ -89,6 +89,18 @@ class DataRecipe(Section):
     encode_batch: Positive = 8
 
 
+Policy = Literal["off", "warn", "stop"]
+
+
+class GuardsRecipe(Section):
+    """What a run does when its numbers go wrong: ``off``, ``warn`` (once, in the log and the report) or ``stop``."""
+
+    winner: Policy = "warn"
+    sigmoid: Policy = "warn"
+    pictures: Policy = "warn"
+    gradient: Policy = "warn"
+
+
 class TrainRecipe(Section):
     """The loop. ``batch`` is the number of pairs of one optimiser step over all processes and micro-batches."""
 
@@ -112,7 +124,7 @@ class TrainRecipe(Section):
     save_every: Positive = 500
     keep: Positive = 2
     max_nonfinite: Positive = 10
-    winner_guard: Literal["off", "warn", "stop"] = "warn"
+    guards: GuardsRecipe = Field(default_factory=GuardsRecipe)
     deterministic: bool = False
 
 
@@ -124,6 +136,7 @@ class ValidateRecipe(Section):
     draws: Positive = 4
     prompts: list[str] | str | None = None
     images: Positive = 8
+    per_prompt: Positive = 2
     steps: Positive = 20
     guidance: Annotated[float, Field(ge=0)] = 7.5
     seed: Annotated[int, Field(ge=0)] = 1234

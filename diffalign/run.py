@@ -19,16 +19,16 @@ from .checkpoint import checkpoint_dirs, load_checkpoint, prune, save_checkpoint
 from .console import Console
 from .errors import Interrupted, RunError, UserError
 from .export import export_run
+from .guards import Alarm, Guards, advice
 from .meter import RunLog, check_trackers, read_log
 from .optim import check_optimizer
+from .pictures import Sheets
 from .recipe import Recipe
 from .setup import Parts, build, check_same_recipe
-from .validate import BestKeeper, heldout_metrics, picture_statistics, sample_images
+from .validate import BestKeeper, heldout_metrics
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-    from .data.batch import Cond
 
 
 @dataclass
@@ -182,8 +182,8 @@ class Session:
         self.parts: Parts = build(recipe, self.console.say, self.console.counting("encoding"))
         self.weights = self.parts.model.fingerprint()
         self.best = BestKeeper()
-        self.guard_said = False
-        self.saved = -1
+        self.saved = -1  # the step of the newest checkpoint of this process
+        self.kept = checkpoint is not None  # whether there is any
         if checkpoint:
             if facts["data"] != self.parts.data_fingerprint:
                 raise UserError(
@@ -198,11 +198,12 @@ class Session:
             self.trainer.load(tensors)
             self.best = BestKeeper(**facts["best"])
             self.console.say(f"going on from {checkpoint} (step {self.trainer.step} of {recipe.train.steps})")
-        self.grid = self._grid_prompts()
+        self.sheets = Sheets(self.parts)
         if self.main:
             self._describe()
         resumed = self.trainer.step if checkpoint else None
         self.log = RunLog(self.folder, recipe.output, recipe.name, resumed) if self.main else None
+        self.guards = Guards(recipe.train.guards, self.log.rows if self.log else ())
 
     @property
     def trainer(self) -> Any:
@@ -222,24 +223,6 @@ class Session:
         self.folder.mkdir(parents=True, exist_ok=True)
         header = "".join(f"# {key}: {value}\n" for key, value in used.items())
         write_atomic(self.folder / "recipe.yaml", header + yaml.safe_dump(self.recipe.dump(), sort_keys=False))
-
-    def _grid_prompts(self) -> tuple[list[str], list[str], Cond]:
-        """(ids, prompts, conditioning) of the sample grids: the recipe's prompts, else those of held-out rows."""
-        wanted = self.recipe.validate_
-        if isinstance(wanted.prompts, str):
-            from .eval.prompts import read_prompts
-
-            prompts = [p.prompt for p in read_prompts(wanted.prompts)]
-        elif wanted.prompts:
-            prompts = wanted.prompts
-        else:
-            rows = self.parts.heldout.indices if self.parts.heldout else range(len(self.parts.rows))
-            prompts = list(dict.fromkeys(self.parts.rows[int(i)].prompt for i in rows))
-        prompts = prompts[: wanted.images]
-        cond = self.parts.model.encode_prompts(prompts)
-        if self.recipe.data.cache:
-            self.parts.model.release_encoders()
-        return [f"{i}:{prompt}" for i, prompt in enumerate(prompts)], prompts, cond
 
     # ---- the loop ---------------------------------------------------------------------------------------------------
 
@@ -323,57 +306,48 @@ class Session:
                 f"{streak} updates in a row had non-finite gradients (train.max_nonfinite={train.max_nonfinite}); "
                 f"lower train.lr or set train.precision=bf16 or fp32; {self.go_on()}"
             )
+        self.act(self.guards.logged(values) if self.main else [])
         return values
 
     def look(self) -> None:
-        """Held-out metrics, the sample grid, and the guard on the winner's error."""
+        """Held-out metrics, the sheet of samples, and the guards on both."""
         trainer, recipe = self.trainer, self.recipe.validate_
         values: dict[str, float] = {}
         if self.parts.heldout is not None:
             values = heldout_metrics(trainer, self.parts.heldout, recipe)
         if self.main:
-            values |= self.draw_grid()
+            values |= self.sheets.draw(self.folder / "samples")
             assert self.log is not None
             if values:
                 self.log.write(trainer.step, values, "validate")
                 self.console.validated(trainer.step, values)
-        if "chosen_gain" in values and trainer.step:
-            self.guard(values["chosen_gain"])
+        self.act(self.guards.looked(values) if self.main else [])
         if "loss" in values and recipe.keep_best and trainer.step:
             self.best.offer(trainer.step, values["loss"], self.save)
 
-    def guard(self, gain: float) -> None:
-        """The known failure: the winner's error rises above the base's."""
-        policy = self.recipe.train.winner_guard
-        if gain >= 0 or policy == "off":
+    def act(self, alarms: list[Alarm]) -> None:
+        """Log and say what fired; stop where the policy asks for it, all processes together.
+
+        The checkpoints from before are kept, and none is written of what went wrong, unless there is none yet.
+        Raises RunError on a stop."""
+        for alarm in alarms:
+            assert self.log is not None
+            self.log.event(self.trainer.step, alarm.guard, alarm.text, alarm.policy)
+            if alarm.policy == "warn":
+                self.console.say(f"note: {alarm.text} (train.guards.{alarm.guard}=stop ends a run here)")
+        fatal = [alarm for alarm in alarms if alarm.policy == "stop"]
+        stop = bool(fatal)
+        if self.trainer.world > 1 and self.guards.may_stop:
+            stop = bool(self.trainer.reduce(torch.tensor(float(stop), device=self.trainer.ctx.device)) > 0)
+        if not stop:
             return
-        text = f"the winner's held-out error is above the base's by {-gain:.2e}: the model may be unlearning its images"
-        if policy == "stop":
+        if not self.kept:
             self.save()
-            raise RunError(f"{text}; stopped by train.winner_guard=stop; {self.go_on()}")
-        if not self.guard_said:
-            self.console.say(f"note: {text} (train.winner_guard=stop ends a run here)")
-            self.guard_said = True
-
-    def draw_grid(self) -> dict[str, float]:
-        """A sheet of samples from fixed prompts and seeds, and their brightness and saturation."""
-        ids, prompts, cond = self.grid
-        if not prompts or "student" not in self.trainer.roles.networks:
-            return {}
-        from .pipelines.sample import grid
-
-        model = self.parts.model
-        resolution = self.recipe.data.resolution or model.default_resolution
-        images = sample_images(
-            self.trainer, model, cond, ids, self.recipe.validate_, (resolution, resolution), "student"
-        )
-        folder = self.folder / "samples"
-        folder.mkdir(exist_ok=True)
-        columns = min(4, len(images))
-        grid(images, columns, prompts).save(folder / f"step-{self.trainer.step:06d}.png")
-        if self.recipe.data.cache:
-            model.release_encoders()
-        return picture_statistics(images)
+        if self.main:
+            self.write_report()
+        where = (checkpoint_dirs(self.folder / "checkpoints") or [self.folder])[-1]
+        text = "; ".join(f"{alarm.text}; stopped by train.guards.{alarm.guard}=stop" for alarm in fatal)
+        raise RunError(f"{text}; the last checkpoint is {where}; {advice(fatal)}")
 
     def save(self) -> Path:
         """A checkpoint by rank 0; the others wait for it."""
@@ -395,7 +369,7 @@ class Session:
             save_checkpoint(folder, trainer.step, state, facts)
             prune(folder, self.recipe.train.keep, [self.best.step] if self.best.step else [])
         self.parts.accelerator.wait_for_everyone()
-        self.saved = trainer.step
+        self.saved, self.kept = trainer.step, True
         return final
 
     def finish(self) -> Run:
@@ -405,11 +379,15 @@ class Session:
             self.trainer.load(load_checkpoint(self.folder / "checkpoints" / f"step-{self.best.step:06d}")[0])
         if self.main:
             export_run(self.parts, self.trainer, run)
-            from .eval.report import write_run_report
-
-            write_run_report(self.folder)
+            self.write_report()
         self.parts.accelerator.wait_for_everyone()
         return run
+
+    def write_report(self) -> None:
+        """The page of this run."""
+        from .eval.report import write_run_report
+
+        write_run_report(self.folder)
 
 
 def train(

@@ -238,7 +238,7 @@ FREE = (
     "output",
     "validate",
     *(f"train.{key}" for key in ("steps", "micro_batch", "device", "log_every", "save_every", "keep")),
-    *(f"train.{key}" for key in ("max_nonfinite", "winner_guard")),
+    *(f"train.{key}" for key in ("max_nonfinite", "guards")),
     *(f"data.{key}" for key in ("cache_dir", "encode_batch")),
     *(f"model.{key}" for key in ("attention", "compile", "gradient_checkpointing")),
 )

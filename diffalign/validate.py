@@ -1,4 +1,4 @@
-"""What is looked at while training: held-out rows under fixed (t, noise), and grids from fixed prompts and seeds."""
+"""What is looked at while training: held-out rows under fixed (t, noise), and the best of the looks."""
 
 from __future__ import annotations
 
@@ -10,16 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .data.batch import Cond
 from .data.source import Source
 from .meter import Meter
 from .methods.base import metric_sums
 from .recipe import ValidateRecipe
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from .families.base import Model
     from .trainer import Trainer
 
 PHASE = "validate"  # keys the draws of held-out rows, so that they never change
@@ -56,29 +52,6 @@ def heldout_metrics(trainer: Trainer, heldout: Source, recipe: ValidateRecipe) -
                     meter.add(name, total, weight)
     ctx.phase, ctx.repeat, ctx.stats = before
     return meter.read(trainer.reduce)
-
-
-def sample_images(
-    trainer: Trainer, model: Model, cond: Cond, ids: list[str], recipe: ValidateRecipe, size: tuple[int, int], role: str
-) -> list[Image]:
-    """One picture a prompt by a role, from the same noise at every step of every run with this seed."""
-    from .pipelines.sample import sample_model
-
-    def call(x: torch.Tensor, t: torch.Tensor, rows: Cond) -> torch.Tensor:
-        return trainer.ctx.model(role, x, t, rows, recipe.guidance)
-
-    with torch.no_grad(), averaged(trainer):
-        return sample_model(
-            model, call, cond, ids, size=size, steps=recipe.steps, seed=recipe.seed, batch=min(8, trainer.micro)
-        )
-
-
-def picture_statistics(images: list[Image]) -> dict[str, float]:
-    """Mean brightness and saturation of the pictures, in [0, 1]."""
-    import numpy as np
-
-    hsv = np.stack([np.asarray(image.convert("HSV").resize((64, 64)), dtype=np.float32) / 255 for image in images])
-    return {"brightness": float(hsv[..., 2].mean()), "saturation": float(hsv[..., 1].mean())}
 
 
 class BestKeeper:

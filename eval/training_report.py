@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .curves import LogRow, health, panels, read_log
+from .curves import LogRow, panels, read_log
+from .health import health
 from .page import SHEET, Sheet, evenly, picture_uri
 
 SHEETS = 4  # first, last, and evenly between: what changed shows best in few

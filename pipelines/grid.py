@@ -15,7 +15,8 @@ def grid(
     labels: Sequence[str] | None = None,
     upscale: int | None = None,
 ) -> Image.Image:
-    """Images side by side, row by row, each in a cell of the largest size.
+    """Images side by side, row by row, each in a cell of the largest size; ``.info["tiles"]`` of the sheet lists
+    (left, top, width, height) of each.
 
     Args:
         columns: default: as near to a square as it goes.
@@ -43,11 +44,14 @@ def grid(
     cell = (width + GAP, height + head + GAP)
     sheet = Image.new("RGB", (columns * cell[0] + GAP, rows * cell[1] + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
+    tiles = []
     for number, image in enumerate(scaled):
         x, y = GAP + (number % columns) * cell[0], GAP + (number // columns) * cell[1]
         for line, text in enumerate(texts[number] if texts else []):
             draw.text((x, y + line * LINE), text, fill=INK, font=font)
         sheet.paste(image, (x, y + head))
+        tiles.append((x, y + head, image.width, image.height))
+    sheet.info["tiles"] = tiles
     return sheet
 
 

@@ -18,8 +18,9 @@ from tiny import write_tiny_model
 
 from diffalign.errors import UserError
 from diffalign.eval.compare import compare
-from diffalign.eval.curves import health, panels, read_log, series
+from diffalign.eval.curves import panels, read_log, series
 from diffalign.eval.evaluate import Sampling, evaluate, parse_model, parse_models
+from diffalign.eval.health import health
 from diffalign.eval.page import Sheet
 from diffalign.eval.plots import Curve, curves_svg, gains_svg, log_ticks, ticks
 from diffalign.eval.report import ReportData, headline, render_report, write_report, write_run_report

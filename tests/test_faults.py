@@ -399,7 +399,7 @@ import diffalign.run as run
 plain = run.heldout_metrics
 def metrics(*args):
     found = plain(*args)
-    return {**found, "chosen_gain": -0.5}
+    return {**found, "chosen_gain": -0.5} if args[0].step else found
 run.heldout_metrics = metrics
 """
 
@@ -408,6 +408,6 @@ def test_the_winner_guard_warns_or_stops(options: dict[str, object], place: Path
     warned = diffalign(*arguments(options, place / "warned", validate__every=4), code=WORSE)
     assert warned.status == 0 and warned.err.count("may be unlearning") == 1
     out = place / "guarded"
-    done = diffalign(*arguments(options, out, validate__every=4, train__winner_guard="stop"), code=WORSE)
-    assert done.status == 1 and "stopped by train.winner_guard=stop" in done.err.splitlines()[-1]
+    done = diffalign(*arguments(options, out, validate__every=4, train__guards__winner="stop"), code=WORSE)
+    assert done.status == 1 and "stopped by train.guards.winner=stop" in done.err.splitlines()[-1]
     assert checkpoints(out) == [4] and not (out / "model").exists()

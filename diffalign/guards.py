@@ -1,0 +1,121 @@
+"""Guards: a run watches its own numbers and, by policy, says so or stops (DESIGN 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from .eval.health import (
+    BRIGHTNESS_MOVED,
+    DIVERSITY_KEPT,
+    NORM_TIMES,
+    SATURATED,
+    SATURATION_MOVED,
+    WINNER_WORSE,
+)
+from .recipe import GuardsRecipe
+
+BEFORE = 5  # logged gradient norms that make a usual one
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A guard that fired: its name (a key of ``train.guards``), what it saw, and the policy."""
+
+    guard: str
+    text: str
+    policy: str
+
+
+class Guards:
+    """Compares what is logged with the start of the same run.
+
+    ``winner``: the winner's held-out error is more than 1 % above the base's. ``sigmoid``: more than half of the
+    logits are beyond 5, where a pair has no gradient left, and a quarter more of them than at the start.
+    ``pictures``: within a prompt the samples differ by less than 0.6 of the base's, or their mean brightness or
+    saturation moved by more than 0.15. ``gradient``: the gradient norm is above 10 times its median so far. Each fires
+    once a run. The thresholds are those by which the report reads the curves; ``eval/health.py`` says where they come
+    from.
+
+    Args:
+        recipe: policies.
+        rows: the log so far, when a run goes on from a checkpoint.
+    """
+
+    def __init__(self, recipe: GuardsRecipe, rows: Iterable[Mapping[str, Any]] = ()) -> None:
+        self.recipe = recipe
+        self.first: dict[str, Mapping[str, float]] = {}
+        self.norms: dict[str, list[float]] = {}
+        self.fired: set[str] = set()
+        for row in rows:
+            if row["kind"] == "guard":
+                self.fired.add(row["guard"])
+            else:
+                self._remember(row["kind"], row)
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether any policy ends a run."""
+        return "stop" in self.recipe.model_dump().values()
+
+    def logged(self, values: Mapping[str, float]) -> list[Alarm]:
+        """Alarms of a row of training numbers."""
+        found: dict[str, str] = {}
+        for name, norm in values.items():
+            before = self.norms.get(name, [])
+            if name.startswith("grad_norm/") and len(before) >= BEFORE and norm > NORM_TIMES * median(before):
+                role = name.removeprefix("grad_norm/")
+                found["gradient"] = f"the gradient norm of {role} is {norm:.3g}, usual is {median(before):.3g}"
+        found |= self._sigmoid("train", values)
+        self._remember("train", values)
+        return self._alarms(found)
+
+    def looked(self, values: Mapping[str, float]) -> list[Alarm]:
+        """Alarms of held-out numbers and samples."""
+        found = self._sigmoid("validate", values)
+        gain, error = values.get("chosen_gain"), values.get("chosen_error")
+        if gain is not None and error is not None and gain < -WINNER_WORSE * (error + gain):
+            above = f"the winner's held-out error is above the base's by {-gain:.2e}"
+            found["winner"] = f"{above}: the model may be unlearning its images"
+        found |= self._pictures(values)
+        self._remember("validate", values)
+        return self._alarms(found)
+
+    def _sigmoid(self, kind: str, values: Mapping[str, float]) -> dict[str, str]:
+        share, start = values.get("saturated", 0.0), self.first.get(kind, {}).get("saturated", 0.0)
+        if share < SATURATED or share < start + SATURATED / 2:
+            return {}
+        return {"sigmoid": f"{share:.0%} of the logits are beyond 5, where a pair teaches nothing more"}
+
+    def _pictures(self, values: Mapping[str, float]) -> dict[str, str]:
+        base, faults = self.first.get("validate", {}), []
+        if {"diversity"} <= values.keys() & base.keys() and values["diversity"] < DIVERSITY_KEPT * base["diversity"]:
+            faults.append(f"the samples' diversity fell from {base['diversity']:.3f} to {values['diversity']:.3f}")
+        for name, most in (("brightness", BRIGHTNESS_MOVED), ("saturation", SATURATION_MOVED)):
+            if {name} <= values.keys() & base.keys() and abs(values[name] - base[name]) > most:
+                faults.append(f"their mean {name} went from {base[name]:.2f} to {values[name]:.2f}")
+        return {"pictures": "; ".join(faults)} if faults else {}
+
+    def _remember(self, kind: str, values: Mapping[str, float]) -> None:
+        self.first.setdefault(kind, dict(values))
+        for name, norm in values.items():
+            if name.startswith("grad_norm/"):
+                self.norms.setdefault(name, []).append(norm)
+
+    def _alarms(self, found: Mapping[str, str]) -> list[Alarm]:
+        policies = self.recipe.model_dump()
+        alarms = [
+            Alarm(guard, text, policies[guard])
+            for guard, text in found.items()
+            if policies[guard] != "off" and (guard not in self.fired or policies[guard] == "stop")
+        ]
+        self.fired |= {alarm.guard for alarm in alarms}
+        return alarms
+
+
+def advice(alarms: Sequence[Alarm]) -> str:
+    """How to go on after a stop."""
+    names = " and ".join(f"train.guards.{alarm.guard}" for alarm in alarms)
+    return f"go on from there with {names}=warn, or start afresh in another output.dir with a lower train.lr"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import UserError
+from ..pipelines.spec import SampleSpec, Sampling
 from .compare import Comparison, compare
 from .curves import read_log
 from .prompts import Prompt, prompts_sha256, read_prompts
@@ -34,25 +35,6 @@ class ModelSpec:
     model: str
     lora: str | None = None
     lora_scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How every model samples; as `diffalign sample`. ``batch`` images a forward, on ``device`` in ``dtype``."""
-
-    steps: int = 25
-    guidance: float = 7.5
-    negative_prompt: str | None = None
-    scheduler: str = "ddim"
-    height: int | None = None
-    width: int | None = None
-    seed: int = 0
-    per_prompt: int = 1
-    batch: int = 8
-    device: str = "auto"
-    dtype: str = "auto"
-    revision: str | None = None
-    variant: str | None = None
 
 
 @dataclass
@@ -147,7 +129,7 @@ def evaluate(
     Raises:
         UserError: bad models, prompts, scorers or settings.
     """
-    from ..pipelines.sample import SampleSpec, sample
+    from ..pipelines.sample import sample
 
     specs = parse_models(models)
     names = parse_scorers(scorers)
@@ -166,7 +148,7 @@ def evaluate(
         if progress:
             _say(f"{spec.label}: {len(wanted) * settings.per_prompt} images")
         sample(
-            SampleSpec(model=spec.model, lora=spec.lora, lora_scale=spec.lora_scale, **vars(settings)),
+            SampleSpec(spec.model, spec.lora, spec.lora_scale, **vars(settings)),
             wanted,
             place,
             progress=progress,

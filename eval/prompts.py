@@ -136,6 +136,11 @@ def read_prompts(source: str | Path) -> list[Prompt]:
     return prompts
 
 
+def set_name(source: str | Path) -> str:
+    """What a source of prompts is called in results: a set's or file's name, or "text" for a prompt itself."""
+    return Path(source).stem if is_source(str(source)) else "text"
+
+
 def is_source(name: str) -> bool:
     """Whether a string names a file or a set; otherwise it is a prompt itself.
 

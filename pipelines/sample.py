@@ -21,13 +21,13 @@ from torch import Tensor
 from ..data.batch import Cond
 from ..errors import Interrupted, RunError, UserError
 from ..eval.progress import progress_bar
-from ..eval.prompts import Prompt
+from ..eval.prompts import Prompt, prompts_sha256
 from ..families.base import Model
 from ..families.device import pick_device, pick_dtype
-from ..families.schedulers import check_scheduler
 from ..keyed import generator, normal
 from .grid import grid
 from .loading import Opened, open_pipeline
+from .spec import SampleSpec, recorded
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -42,55 +42,14 @@ EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "ne
 
 
 @dataclass(frozen=True)
-class SampleSpec:
-    """What to sample, and how.
-
-    ``height``/``width`` None: the model's own. ``guidance`` as in diffusers: at most 1 means none, and one U-Net call a
-    step instead of two."""
-
-    model: str
-    lora: str | None = None
-    lora_scale: float = 1.0
-    steps: int = 25
-    guidance: float = 7.5
-    negative_prompt: str | None = None
-    scheduler: str = "ddim"
-    height: int | None = None
-    width: int | None = None
-    seed: int = 0
-    per_prompt: int = 1
-    batch: int = 8
-    device: str = "auto"
-    dtype: str = "auto"
-    revision: str | None = None
-    variant: str | None = None
-
-    def check(self) -> None:
-        """UserError for a value out of range, before anything is loaded."""
-        check_scheduler(self.scheduler)
-        for name in ("steps", "per_prompt", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if not (math.isfinite(self.guidance) and self.guidance >= 0):
-            raise UserError(f"guidance must be at least 0, not {self.guidance:g} (1 or less means none)")
-        if not math.isfinite(self.lora_scale):
-            raise UserError(f"lora scale must be a number, not {self.lora_scale}")
-        if self.seed < 0:
-            raise UserError(f"seed must be at least 0, not {self.seed}")
-        for name in ("height", "width"):
-            side = getattr(self, name)
-            if side is not None and (side < 8 or side % 8):
-                raise UserError(f"{name} {side} is not a positive multiple of 8")
-
-
-@dataclass(frozen=True)
 class Job:
-    """One image: prompt ``index`` of the list, its ``k``-th draw."""
+    """One image: prompt ``index`` of the list, its ``k``-th image, which is the ``draw``-th of its seed."""
 
     index: int
     prompt: Prompt
     k: int
     seed: int
+    draw: int
 
     @property
     def file(self) -> str:
@@ -100,7 +59,9 @@ class Job:
     @property
     def key(self) -> str:
         """What the PNG says it shows; tells a finished image from one of another prompt list."""
-        return json.dumps({"id": self.prompt.id, "prompt": self.prompt.prompt, "k": self.k, "seed": self.seed})
+        further = {} if self.draw == self.k else {"draw": self.draw}
+        known = {"id": self.prompt.id, "prompt": self.prompt.prompt, "k": self.k, "seed": self.seed}
+        return json.dumps(known | further)
 
     def row(self) -> dict[str, str | int | None]:
         """Its line in the manifest."""
@@ -115,11 +76,14 @@ class Job:
         }
 
 
-def sample(spec: SampleSpec, prompts: Sequence[Prompt], out: Path, progress: bool = True) -> Path:
-    """Samples ``spec.per_prompt`` images a prompt into ``out`` and returns the path of ``out/manifest.jsonl``.
+def sample(
+    spec: SampleSpec, prompts: Sequence[Prompt], out: Path, progress: bool = True, set_name: str | None = None
+) -> Path:
+    """Samples ``spec.per_prompt`` images a prompt and seed into ``out``; returns the path of ``out/manifest.jsonl``.
 
-    The noise of an image depends on (seed, prompt id, k) alone: it is the same for every model, batch size and list of
-    prompts. A run that was stopped goes on from the images that are there, and ends with the same bytes.
+    The noise of an image depends on (seed, prompt id, draw) alone: it is the same for every model, batch size and list
+    of prompts. Settings that are None are taken from the model's record. A run that was stopped goes on from the images
+    that are there, and ends with the same bytes. ``set_name``: what the list of prompts is called.
 
     Raises:
         UserError: a setting out of range, no prompts, an unusable model or LoRA, images of other settings in ``out``.
@@ -134,12 +98,16 @@ def sample(spec: SampleSpec, prompts: Sequence[Prompt], out: Path, progress: boo
         raise UserError("two prompts share one id; ids name the images, make them differ")
     device = pick_device(spec.device)
     dtype = pick_dtype(spec.dtype, device)
+    spec = spec.filled(recorded(spec.model, spec.lora))
+    spec.check()
     opened = open_pipeline(
-        spec.model, spec.lora, spec.lora_scale, spec.scheduler, device, dtype, spec.revision, spec.variant
+        spec.model, spec.lora, spec.lora_scale, str(spec.scheduler), device, dtype, spec.revision, spec.variant
     )
     size = _size(spec, opened.pipeline)
-    _claim(out, _settings(spec, opened, size, dtype))
-    jobs = [Job(i, p, k, spec.seed) for i, p in enumerate(prompts) for k in range(spec.per_prompt)]
+    about = {"set": set_name, "count": len(prompts), "sha256": prompts_sha256(prompts)}
+    _claim(out, {**_settings(spec, opened, size, dtype), "prompts": about})
+    draws = [(seed, draw) for seed in spec.seeds for draw in range(spec.per_prompt)]
+    jobs = [Job(i, p, k, seed, draw) for i, p in enumerate(prompts) for k, (seed, draw) in enumerate(draws)]
     missing = {job.file for job in jobs if not _finished(out, job)}
     try:
         with progress_bar("sampling", len(missing), enabled=progress) as advance:
@@ -170,6 +138,7 @@ def _run(
     advance: Callable[[int], None],
 ) -> None:
     """Batches and text groups are cut from the whole list, so that a resumed run computes what the first would have."""
+    assert spec.guidance is not None
     text = TextCache(pipeline, [p.prompt for p in prompts], spec.negative_prompt, spec.guidance > 1)
     height, width = size
     factor = pipeline.vae_scale_factor
@@ -178,7 +147,7 @@ def _run(
         wanted = [job for job in batch if job.file in missing]
         if not wanted:
             continue
-        noise = torch.stack([normal(shape, job.seed, "sample", job.prompt.id, job.k) for job in batch])
+        noise = torch.stack([normal(shape, job.seed, "sample", job.prompt.id, job.draw) for job in batch])
         images = pipeline(
             **text.rows([job.index for job in batch]),
             latents=noise.to(pipeline.device, pipeline.unet.dtype),
@@ -285,7 +254,7 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 def _step_noise(job: Job) -> torch.Generator:
     """For schedulers that add noise at each step; on the CPU, so that every device draws the same."""
-    key = generator(job.seed, "sample-steps", job.prompt.id, job.k).integers(2**31)
+    key = generator(job.seed, "sample-steps", job.prompt.id, job.draw).integers(2**31)
     return torch.Generator("cpu").manual_seed(int(key))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import typer
@@ -23,17 +25,58 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 Device = Annotated[Literal["auto", "cuda", "mps", "cpu"], typer.Option(help="Where to compute.")]
 Dtype = Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Number format of the networks.")]
-Steps = Annotated[int, typer.Option(help="Sampling steps.", min=1)]
-Guidance = Annotated[float, typer.Option(help="Classifier-free guidance; 1 or less means none.")]
-Negative = Annotated[str | None, typer.Option(help="Negative prompt.")]
-Scheduler = Annotated[str, typer.Option(help="Sampler: ddim, euler, dpm++, unipc, lcm, default, ...")]
-Height = Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")]
-Width = Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")]
-Seed = Annotated[int, typer.Option(help="Keys the noise of every image.", min=0)]
-PerPrompt = Annotated[int, typer.Option(help="Images for each prompt.", min=1)]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
-Variant = Annotated[str | None, typer.Option(help="Weight files to take, such as fp16.")]
 BatchSize = Annotated[int, typer.Option("--batch", help="Images a forward.", min=1)]
+InLoop = Annotated[str, typer.Option(help="Scorers that training used, comma-separated; they are marked.")]
+
+# The fields of pipelines.spec.Sampling as options: name -> (type, default).
+SAMPLING: dict[str, tuple[Any, Any]] = {
+    "steps": (Annotated[int | None, typer.Option(help="Sampling steps; the model's record, else 25.", min=1)], None),
+    "guidance": (
+        Annotated[float | None, typer.Option(help="Guidance (1 or less: none); the model's record, else 7.5.")],
+        None,
+    ),
+    "negative_prompt": (Annotated[str | None, typer.Option(help="Negative prompt.")], None),
+    "scheduler": (
+        Annotated[
+            str | None, typer.Option(help="ddim, euler, dpm++, unipc, lcm, default, ...; the record, else ddim.")
+        ],
+        None,
+    ),
+    "height": (Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")], None),
+    "width": (Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")], None),
+    "seed": (Annotated[str, typer.Option(help="Keys the noise of every image; several as 0,1,2.")], "0"),
+    "per_prompt": (Annotated[int, typer.Option(help="Images for each prompt and seed.", min=1)], 1),
+    "batch": (BatchSize, 8),
+    "device": (Device, "auto"),
+    "dtype": (Dtype, "auto"),
+    "revision": (Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")], None),
+    "variant": (Annotated[str | None, typer.Option(help="Weight files to take, such as fp16.")], None),
+}
+
+
+def sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of `SAMPLING`; it receives them checked for type as the dict ``sampling``."""
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "sampling"]
+    further = [inspect.Parameter(n, keyword, default=d, annotation=t) for n, (t, d) in SAMPLING.items()]
+
+    def wrapped(**values: Any) -> None:
+        from ..pipelines.spec import parse_seeds
+
+        sampling = {name: values.pop(name) for name in SAMPLING}
+        command(**values, sampling={**sampling, "seed": parse_seeds(sampling["seed"])})
+
+    wrapped.__name__, wrapped.__doc__ = command.__name__, command.__doc__
+    wrapped.__annotations__ = {}
+    wrapped.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [p.replace(kind=keyword) for p in own] + further
+    )
+    return wrapped
+
+
+def names(text: str) -> list[str]:
+    """A comma-separated option as a list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def out() -> Any:

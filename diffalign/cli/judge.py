@@ -3,77 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from .common import (
-    AsJson,
-    BatchSize,
-    Device,
-    Dtype,
-    Guidance,
-    Height,
-    Negative,
-    PerPrompt,
-    Quiet,
-    Revision,
-    Scheduler,
-    Seed,
-    Steps,
-    Variant,
-    Width,
-    app,
-    out,
-)
+from .common import AsJson, BatchSize, Device, Dtype, InLoop, Quiet, app, names, out, sampling_options
 
 
 @app.command()
+@sampling_options
 def sample(
     model: Annotated[str, typer.Argument(help="A diffusers folder, hub id, built-in name, or full run's folder.")],
     prompts: Annotated[str, typer.Option(help="A prompt file, built-in set, or the prompt itself.")],
     to: Annotated[Path, typer.Option("--out", help="Folder for images and manifest.jsonl.")],
+    sampling: dict[str, Any],
     lora: Annotated[str | None, typer.Option(help="LoRA file, folder, or run's folder.")] = None,
     lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
-    steps: Steps = 25,
-    guidance: Guidance = 7.5,
-    negative_prompt: Negative = None,
-    scheduler: Scheduler = "ddim",
-    height: Height = None,
-    width: Width = None,
-    seed: Seed = 0,
-    per_prompt: PerPrompt = 1,
-    batch: BatchSize = 8,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    variant: Variant = None,
     quiet: Quiet = False,
 ) -> None:
     """Sample images for prompts: the same noise for every model; resumes image by image."""
-    from ..eval.prompts import read_prompts
+    from ..eval.prompts import read_prompts, set_name
     from ..pipelines.sample import SampleSpec
     from ..pipelines.sample import sample as run_sample
 
-    spec = SampleSpec(
-        model=model,
-        lora=lora,
-        lora_scale=lora_scale,
-        steps=steps,
-        guidance=guidance,
-        negative_prompt=negative_prompt,
-        scheduler=scheduler,
-        height=height,
-        width=width,
-        seed=seed,
-        per_prompt=per_prompt,
-        batch=batch,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        variant=variant,
-    )
-    print(run_sample(spec, read_prompts(prompts), to, progress=not quiet))
+    spec = SampleSpec(model, lora, lora_scale, **sampling)
+    print(run_sample(spec, read_prompts(prompts), to, progress=not quiet, set_name=set_name(prompts)))
 
 
 @app.command()
@@ -100,50 +54,30 @@ def score(
 
 
 @app.command(name="eval")
+@sampling_options
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="[LABEL=]MODEL[+LORA[@SCALE]]; the first is the base.")],
     prompts: Annotated[str, typer.Option(help="A prompt file or built-in set.")],
     scorers: Annotated[str, typer.Option(help="Names, comma-separated; name=PATH for own weights.")],
     to: Annotated[Path, typer.Option("--out", help="Folder for images, scores and report.html.")],
-    steps: Steps = 25,
-    guidance: Guidance = 7.5,
-    negative_prompt: Negative = None,
-    scheduler: Scheduler = "ddim",
-    height: Height = None,
-    width: Width = None,
-    seed: Seed = 0,
-    per_prompt: PerPrompt = 1,
-    batch: BatchSize = 8,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    revision: Revision = None,
-    variant: Variant = None,
+    sampling: dict[str, Any],
     primary: Annotated[str | None, typer.Option(help="Scorer of the headline.")] = None,
-    in_loop: Annotated[str, typer.Option(help="Scorers that training used, comma-separated; they are marked.")] = "",
+    in_loop: InLoop = "",
     quiet: Quiet = False,
 ) -> None:
     """Sample, score and compare models on the same prompts and noise, with win rates and a report."""
     from ..eval.evaluate import Sampling
     from ..eval.evaluate import evaluate as run_eval
 
-    sampling = Sampling(
-        steps=steps,
-        guidance=guidance,
-        negative_prompt=negative_prompt,
-        scheduler=scheduler,
-        height=height,
-        width=width,
-        seed=seed,
-        per_prompt=per_prompt,
-        batch=batch,
-        device=device,
-        dtype=dtype,
-        revision=revision,
-        variant=variant,
-    )
-    looped = [name for name in in_loop.split(",") if name]
     run_eval(
-        models, prompts, scorers, to, sampling=sampling, primary=primary, in_loop=looped, progress=not quiet
+        models,
+        prompts,
+        scorers,
+        to,
+        sampling=Sampling(**sampling),
+        primary=primary,
+        in_loop=names(in_loop),
+        progress=not quiet,
     ).render(out())
 
 

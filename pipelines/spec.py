@@ -1,0 +1,116 @@
+"""What to sample and how, as settings: one place for `diffalign sample`, `diffalign eval` and notebooks. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from ..errors import UserError
+
+DEFAULTS: dict[str, Any] = {"steps": 25, "guidance": 7.5, "scheduler": "ddim"}
+RECORD = "diffalign.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to sample. None means: as the model records it (few-step students do), else the default of `DEFAULTS`, or
+    the model's own ``height``/``width``.
+
+    ``guidance`` as in diffusers: at most 1 means none, and one U-Net call a step instead of two. ``seed``: one number
+    or several; each prompt is drawn ``per_prompt`` times from each."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    negative_prompt: str | None = None
+    scheduler: str | None = None
+    height: int | None = None
+    width: int | None = None
+    seed: int | tuple[int, ...] = 0
+    per_prompt: int = 1
+    batch: int = 8
+    device: str = "auto"
+    dtype: str = "auto"
+    revision: str | None = None
+    variant: str | None = None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Every seed, in order."""
+        return (self.seed,) if isinstance(self.seed, int) else tuple(self.seed)
+
+    def check(self) -> None:
+        """UserError for a value out of range, before anything is loaded."""
+        from ..families.schedulers import check_scheduler
+
+        if self.scheduler is not None:
+            check_scheduler(self.scheduler)
+        for name in ("steps", "per_prompt", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+        if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
+            raise UserError(f"guidance must be at least 0, not {self.guidance:g} (1 or less means none)")
+        if not self.seeds or min(self.seeds) < 0:
+            raise UserError(f"seed must be at least 0, not {', '.join(map(str, self.seeds)) or 'none'}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise UserError("a seed is given twice; each draws the same images again, name each once")
+        for name in ("height", "width"):
+            side = getattr(self, name)
+            if side is not None and (side < 8 or side % 8):
+                raise UserError(f"{name} {side} is not a positive multiple of 8")
+
+    def filled(self, record: Mapping[str, Any]) -> Self:
+        """With what is None taken from a model's record, then from the defaults."""
+        known = {name: record[name] for name in ("height", "width", *DEFAULTS) if record.get(name) is not None}
+        return replace(self, **{n: v for n, v in {**DEFAULTS, **known}.items() if getattr(self, n) is None})
+
+
+@dataclass(frozen=True)
+class SampleSpec(Sampling):
+    """What to sample: a model, perhaps with a LoRA of weight ``lora_scale``; and how."""
+
+    model: str
+    lora: str | None = None
+    lora_scale: float = 1.0
+
+    def check(self) -> None:
+        super().check()
+        if not math.isfinite(self.lora_scale):
+            raise UserError(f"lora scale must be a number, not {self.lora_scale}")
+
+
+def parse_seeds(text: str) -> int | tuple[int, ...]:
+    """``"3"`` or ``"0,1,2"``. Raises UserError for anything else."""
+    try:
+        seeds = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        seeds = ()
+    if not seeds:
+        raise UserError(f"seed '{text}' is not a number, or several as 0,1,2")
+    return seeds[0] if len(seeds) == 1 else seeds
+
+
+def recorded(model: str, lora: str | None) -> dict[str, Any]:
+    """How the model (or the LoRA on it) says it is to be sampled: ``sampling`` in its ``diffalign.json``; empty when
+    it says nothing. Both may be a run's folder.
+
+    Raises UserError for a record that cannot be read."""
+    for source in (lora, model):
+        place = Path(source).expanduser() if source else None
+        if place is None:
+            continue
+        for folder in (place, place / "model", place.parent if place.is_file() else place):
+            file = folder / RECORD
+            if not file.is_file():
+                continue
+            try:
+                found = json.loads(file.read_text(encoding="utf-8")).get("sampling")
+            except (ValueError, AttributeError) as error:
+                raise UserError(f"'{file}' is no record of a model ({error}); remove it") from error
+            if isinstance(found, dict):
+                return found
+    return {}

@@ -163,6 +163,28 @@ def slot_loss(slots: nn.Linear, features: torch.Tensor, drawn: list[Scene]) -> t
     return sum((F.cross_entropy(h, target[:, j], ignore_index=-100) for j, h in enumerate(heads)), torch.zeros(()))
 
 
+def read_texts(
+    model: CLIPModel,
+    tokenizer: CLIPTokenizer,
+    slots: nn.Linear,
+    opt: torch.optim.Optimizer,
+    lr: float,
+    rng: np.random.Generator,
+    log: Log,
+) -> None:
+    """The text tower alone, taught to tell the scene: order is learnt in seconds when nothing else pulls."""
+    for k in range(READ_STEPS):
+        set_lr(opt, lr * min(1, (k + 1) / 50))
+        more = scenes.sample_scenes(READ_TEXTS, rng, two=0.95)
+        told = slot_loss(slots, text_features(model, tokenizer, scenes.random_captions(more, rng)), more)
+        opt.zero_grad(set_to_none=True)
+        told.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        if (k + 1) % 50 == 0:
+            log(f"read {k + 1}", told=told.item())
+
+
 def train_pickscore(folder: Path, clip_folder: Path, vae_folder: Path) -> None:
     """Softmax over the two scores, as PickScore: -log sigmoid(s_good - s_bad). No oracle labels.
 
@@ -175,16 +197,7 @@ def train_pickscore(folder: Path, clip_folder: Path, vae_folder: Path) -> None:
     model = CLIPModel.from_pretrained(clip_folder, dtype=torch.float32).train()
     slots = nn.Linear(model.config.projection_dim, sum(HEADS))
     opt = torch.optim.AdamW([*model.parameters(), *slots.parameters()], PICK_LR, weight_decay=0.02, betas=(0.9, 0.98))
-    for k in range(READ_STEPS):  # the text tower alone: order is learnt in seconds when nothing else pulls
-        set_lr(opt, PICK_LR * min(1, (k + 1) / 50))
-        more = scenes.sample_scenes(READ_TEXTS, rng, two=0.95)
-        told = slot_loss(slots, text_features(model, tokenizer, scenes.random_captions(more, rng)), more)
-        opt.zero_grad(set_to_none=True)
-        told.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        if (k + 1) % 50 == 0:
-            log(f"read {k + 1}", told=told.item())
+    read_texts(model, tokenizer, slots, opt, PICK_LR, rng, log)
     history: list[tuple[float, ...]] = []
     for k in range(PICK_STEPS):
         set_lr(opt, rate(k, PICK_STEPS, PICK_LR))

@@ -21,6 +21,9 @@ from ..preprocess import decode
 CODE_VERSION = "1"  # raise it when a change of this package changes a score
 ASSET = "asset:"
 HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.txt"]
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+# First digits of the sha256 of published files, as far as they were seen (spec/evaluators.md 7).
+KNOWN_SHA256 = {"sac+logos+ava1-l14-linearMSE.pth": "21dd590f"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Picture = Image.Image | np.ndarray | torch.Tensor
@@ -42,6 +45,8 @@ class Scorer(ABC):
     path: str
     preprocess_id: str
     fingerprint: dict[str, str]
+    weights_note: str = "unknown hash: not checked"  # whether the weights' sha256 was compared with a published one
+    note: str = ""  # a convention that a report has to state, such as the letterbox filter of HPS
 
     @classmethod
     @abstractmethod
@@ -52,7 +57,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def prepare(self, image: Image.Image) -> np.ndarray:
-        """An RGB picture as the uint8 array that :meth:`score_prepared` takes. Thread-safe."""
+        """An RGB picture as the array that :meth:`score_prepared` takes. Thread-safe."""
 
     @abstractmethod
     def score_prepared(self, prepared: Sequence[np.ndarray], prompts: Sequence[str]) -> Scored:
@@ -62,11 +67,17 @@ class Scorer(ABC):
         """Differentiable scores: float (N, 3, H, W) in [0, 1] -> fp32 (N,) on the images' device.
 
         Pixels are resized in torch (antialiased bicubic), an approximation of the exact path of ``__call__``."""
-        raise UserError(f"scorer '{self.name}' gives no gradients; use a CLIP or PickScore scorer as a reward")
+        raise UserError(
+            f"scorer '{self.name}' gives no gradients; use a CLIP, PickScore, HPS, ImageReward or aesthetic scorer"
+        )
 
     def truncated(self, prompts: Sequence[str]) -> list[bool]:
         """Which prompts lose tokens. False for scorers that read no text."""
         return [False] * len(prompts)
+
+    def picture_flags(self, width: int, height: int) -> tuple[str, ...]:
+        """What this scorer's pixels do to a picture of that size and a reader of its row should know."""
+        return ()
 
     def check_prompts(self, prompts: Sequence[str]) -> None:  # noqa: B027 - a hook
         """Raise UserError for prompts that this scorer cannot judge."""
@@ -84,11 +95,7 @@ class Scorer(ABC):
             prompts: one text for all, or one an image.
         """
         pictures = to_pictures(images)
-        texts = [prompts] * len(pictures) if isinstance(prompts, str) else list(prompts)
-        if len(texts) != len(pictures):
-            raise UserError(
-                f"{len(pictures)} images but {len(texts)} prompts; give one prompt an image, or one for all"
-            )
+        texts = texts_for(len(pictures), prompts)
         self.check_prompts(texts)
         values = [
             self.score_prepared([self.prepare(p) for p in pictures[i : i + batch]], texts[i : i + batch]).values
@@ -105,6 +112,14 @@ class Scorer(ABC):
 def fingerprint_id(fingerprint: dict[str, str]) -> str:
     """A short hash of a fingerprint."""
     return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def texts_for(count: int, prompts: str | Sequence[str]) -> list[str]:
+    """One text an image. Raises UserError when the numbers differ."""
+    texts = [prompts] * count if isinstance(prompts, str) else list(prompts)
+    if len(texts) != count:
+        raise UserError(f"{count} images but {len(texts)} prompts; give one prompt an image, or one for all")
+    return texts
 
 
 def to_pictures(images: Pictures) -> list[Image.Image]:
@@ -158,43 +173,108 @@ def resolve_dtype(dtype: str, device: torch.device) -> tuple[str, torch.dtype]:
     return dtype, DTYPES[dtype]
 
 
-def resolve_weights(path: str | Path, name: str) -> Path:
-    """A local folder for ``asset:NAME``, a folder or a hub id.
+def resolve_weights(path: str | Path, name: str, holds: Sequence[str] = ("config.json",)) -> Path:
+    """Where weights are: ``asset:NAME``, a file, a folder that holds one of ``holds`` (globs), a hub id, or
+    ``HUB/ID:FILE`` for one file of a hub repository.
 
     Raises UserError when it is not there and cannot be fetched."""
     text = str(path)
     if text.startswith(ASSET):
         folder = Path(str(resources.files("diffalign.assets") / text.removeprefix(ASSET)))
-        if not (folder / "config.json").is_file():
+        if not _holds(folder, holds):
             raise UserError(f"weights of scorer '{name}' are not at {folder}; build them with `make assets`")
         return folder
-    folder = Path(text).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"folder '{path}' for scorer '{name}' holds no config.json; give a model folder")
-        return folder
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise UserError(f"weights '{path}' for scorer '{name}' do not exist; give a model folder or a hub id")
-    from huggingface_hub import snapshot_download
+    place = Path(text).expanduser()
+    if place.is_dir():
+        if not _holds(place, holds):
+            raise UserError(f"folder '{path}' for scorer '{name}' holds no {' or '.join(holds)}; give a model folder")
+        return place
+    if place.is_file():
+        if place.suffix not in WEIGHT_SUFFIXES:
+            raise UserError(f"'{path}' for scorer '{name}' is no weights file ({', '.join(WEIGHT_SUFFIXES)})")
+        return place
+    repo, _, file = text.partition(":")
+    if repo.count("/") != 1 or repo.startswith((".", "/", "~")) or Path(repo).suffix in WEIGHT_SUFFIXES:
+        raise UserError(f"weights '{path}' for scorer '{name}' do not exist; give a file, a model folder or a hub id")
+    return from_hub(repo, file, name)
+
+
+def from_hub(repo: str, file: str, name: str) -> Path:
+    """A file of a hub repository, or (``file`` empty) the folder of its model files. Raises UserError offline."""
+    from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(text, allow_patterns=HUB_FILES))
+        return Path(hf_hub_download(repo, file) if file else snapshot_download(repo, allow_patterns=HUB_FILES))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        what = f"'{file}' of '{repo}'" if file else f"'{repo}'"
         raise UserError(
-            f"weights '{text}' for scorer '{name}' are neither a folder nor to be had from the hub "
-            f"({type(error).__name__}); download them and say {name}=FOLDER"
+            f"weights {what} for scorer '{name}' are neither here nor to be had from the hub "
+            f"({type(error).__name__}); download them and say {name}={'FILE' if file else 'FOLDER'}"
         ) from error
 
 
-def weights_sha256(folder: Path) -> str:
-    """sha256 over the files that decide a score: names and bytes of configs, tokenizer and the weights that load."""
+def _holds(folder: Path, patterns: Sequence[str]) -> bool:
+    return any(next(folder.glob(pattern), None) is not None for pattern in patterns)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model folder that decide a score: configs, tokenizer, and the weights that load."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    names = ["config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json", "merges.txt"]
+    names = ["config.json", "open_clip_config.json", "preprocessor_config.json", "tokenizer.json", "vocab.json"]
+    return [folder / n for n in [*names, "merges.txt"] if (folder / n).is_file()] + weights
+
+
+def weights_sha256(files: Sequence[Path]) -> str:
+    """sha256 over names and bytes of the files that decide a score."""
     digest = hashlib.sha256()
-    for file in [folder / n for n in names if (folder / n).is_file()] + weights:
+    for file in files:
         digest.update(f"{file.name}\n".encode())
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+        _feed(digest, file)
     return digest.hexdigest()
+
+
+def check_known(files: Sequence[Path], name: str) -> str:
+    """What is known of these weights, for :attr:`Scorer.weights_note`.
+
+    Raises UserError for a file of a published name whose bytes are others."""
+    for file in files:
+        if (expected := KNOWN_SHA256.get(file.name)) is not None:
+            digest = hashlib.sha256()
+            _feed(digest, file)
+            if not digest.hexdigest().startswith(expected):
+                raise UserError(
+                    f"'{file}' for scorer '{name}' is not the published {file.name} (sha256 {digest.hexdigest()[:8]}, "
+                    f"want {expected[:8]}); download it again"
+                )
+            return f"sha256 of {file.name} checked"
+    return "unknown hash: not checked"
+
+
+def _feed(digest: hashlib._Hash, file: Path) -> None:
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+
+
+def read_state(file: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a ``.safetensors``, ``.pt``, ``.pth`` or ``.bin`` file on the CPU; never runs pickled code.
+
+    A dict under ``state_dict`` is taken out, ``module.`` of wrapped models is cut off. Raises UserError for a file that
+    cannot be read so."""
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise their own kinds, pickle's and zip's
+        raise UserError(
+            f"'{file}' for scorer '{name}' holds no plain tensors ({type(error).__name__}); it may be torn, or need "
+            "code to load: give a state dict or a .safetensors file"
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    tensors = {k.removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    if not tensors:
+        raise UserError(f"'{file}' for scorer '{name}' holds no state dict; give a checkpoint of weights")
+    return tensors

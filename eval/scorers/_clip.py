@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -15,30 +16,175 @@ from transformers import CLIPModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ...errors import UserError
-from ..preprocess import CLIP_MEAN, CLIP_STD, P1
-from . import list_scorers
-from ._base import CODE_VERSION, Scored, Scorer, resolve_device, resolve_dtype, resolve_weights, weights_sha256
+from ..preprocess import CLIP_MEAN, CLIP_STD, P1, Pixels
+from . import About, list_scorers
+from ._base import (
+    CODE_VERSION,
+    Scored,
+    Scorer,
+    check_known,
+    model_files,
+    read_state,
+    resolve_device,
+    resolve_dtype,
+    resolve_weights,
+    texts_for,
+    weights_sha256,
+)
+from ._openclip import config_of, from_openclip
+from ._text import load_tokenizer, openclip_clean
 
 TEXT_BATCH = 64
 MAX_CACHED = 100_000  # text embeddings kept: 400 MB at 1024 floats
+OPENCLIP_CONFIG = "open_clip_config.json"
+OPENCLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "*.safetensors", "*.pt", "*.bin")
+HOLDS = ("config.json", OPENCLIP_CONFIG)
+Shape = tuple[int, int, int, str]  # vision width, vision layers, patch, activation
+
+
+@dataclass(frozen=True)
+class Towers:
+    """A loaded CLIP in fp32. ``openclip``: it came in OpenCLIP's layout. ``stated``: its image mean and std."""
+
+    model: CLIPModel
+    tokenizer: CLIPTokenizer
+    files: list[Path]
+    openclip: bool
+    stated: dict[str, Any]
+
+    def pixels(self, rounding: str | None = None) -> P1:
+        """The crop pipeline of this model; OpenCLIP crops as torchvision does, transformers by its own rule."""
+        (r, g, b), (sr, sg, sb) = self.mean_std()
+        how = "torchvision" if rounding == "torchvision" or (rounding is None and self.openclip) else "hf"
+        return P1(size=self.image_size, rounding=how, mean=(r, g, b), std=(sr, sg, sb))  # type: ignore[arg-type]
+
+    def mean_std(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Of RGB in [0, 1]."""
+        if self.openclip:
+            return self.stated.get("mean") or CLIP_MEAN, self.stated.get("std") or CLIP_STD
+        return self.stated.get("image_mean", CLIP_MEAN), self.stated.get("image_std", CLIP_STD)
+
+    @property
+    def image_size(self) -> int:
+        return int(self.model.config.vision_config.image_size)
+
+
+def load_towers(source: str | Path, name: str, expected: Shape | None = None, activation: str | None = None) -> Towers:
+    """A CLIP from a transformers folder, an OpenCLIP folder, or one OpenCLIP checkpoint file.
+
+    Args:
+        expected: what a name promises; other sizes are refused.
+        activation: of a bare checkpoint file, which does not say it. None: such a file is refused.
+
+    Raises UserError when it is missing, is no CLIP, lacks weights, or is not what its name promises."""
+    place = resolve_weights(source, name, HOLDS if activation is None else (*HOLDS, *OPENCLIP_WEIGHTS[2:]))
+    if place.is_dir() and (place / "config.json").is_file():
+        return _load_transformers(place, source, name, expected)
+    return _load_openclip(place, source, name, expected, activation)
+
+
+def _load_transformers(folder: Path, source: str | Path, name: str, expected: Shape | None) -> Towers:
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("model_type") != "clip":
+        kind = config.get("model_type") or "/".join(config.get("architectures") or ["something else"])
+        raise UserError(f"'{folder}' for scorer '{name}' holds a {kind}, not a CLIPModel; give a CLIP folder")
+    vision = config.get("vision_config") or {}
+    # CLIPConfig's own defaults (ViT-B/32, quick_gelu) stand for keys that a config leaves out.
+    have = (
+        vision.get("hidden_size", 768),
+        vision.get("num_hidden_layers", 12),
+        vision.get("patch_size", 32),
+        vision.get("hidden_act", "quick_gelu"),
+    )
+    _check_shape(have, expected, source, name)
+    model = _load(folder, source)
+    file = folder / "preprocessor_config.json"
+    stated = json.loads(file.read_text()) if file.is_file() else {}
+    return Towers(model, CLIPTokenizer.from_pretrained(folder), model_files(folder), False, stated)
+
+
+def _load_openclip(
+    place: Path, source: str | Path, name: str, expected: Shape | None, activation: str | None
+) -> Towers:
+    folder = place if place.is_dir() else None
+    stated: dict[str, Any] = {}
+    file = place
+    if folder is not None:
+        if (folder / OPENCLIP_CONFIG).is_file():
+            stated = json.loads((folder / OPENCLIP_CONFIG).read_text())
+        found = next((f for pattern in OPENCLIP_WEIGHTS for f in sorted(folder.glob(pattern))), None)
+        if found is None:
+            raise UserError(f"folder '{source}' for scorer '{name}' holds no weights ({', '.join(OPENCLIP_WEIGHTS)})")
+        file = found
+    if not stated and activation is None:
+        raise UserError(
+            f"'{source}' does not say its activation; give a folder with {OPENCLIP_CONFIG}, or openclip={source}@ARCH"
+        )
+    state = read_state(file, name)
+    try:
+        config = config_of(state, activation or "gelu", stated.get("model_cfg"))
+        renamed = from_openclip(state)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"'{file}' for scorer '{name}' is no OpenCLIP ViT with a CLIP text tower ({error.args[0]}); give such a "
+            "checkpoint, or take openclip=FILE@ARCH"
+        ) from error
+    vision = config.vision_config
+    have = (vision.hidden_size, vision.num_hidden_layers, vision.patch_size, vision.hidden_act)
+    _check_shape(have, expected, source, name)
+    model = _load(None, source, config=config, state_dict={k: v.float() for k, v in renamed.items()})
+    tokenizer = load_tokenizer(folder, config.text_config.max_position_embeddings)
+    if len(tokenizer) != config.text_config.vocab_size:
+        raise UserError(
+            f"'{source}' for scorer '{name}' has {config.text_config.vocab_size} tokens, its tokenizer "
+            f"{len(tokenizer)}; put the tokenizer.json that belongs to it into its folder"
+        )
+    files = [file] if folder is None else [f for f in model_files(folder) if f.suffix == ".json"] + [file]
+    return Towers(model, tokenizer, files, True, stated.get("preprocess_cfg") or {})
+
+
+def _check_shape(have: Shape, expected: Shape | None, source: str | Path, name: str) -> None:
+    if expected is not None and have != expected:
+        raise UserError(
+            f"'{source}' is not what '{name}' stands for: width, layers, patch, activation are {have}, "
+            f"want {expected}; say clip={source} for another CLIP"
+        )
+
+
+def _load(folder: Path | None, source: str | Path, **how: Any) -> CLIPModel:
+    """The model in fp32, without transformers' progress bar. Raises UserError for tensors that lack or do not fit."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, report = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **how)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+    lost = [k for k in report["missing_keys"] if not k.endswith("position_ids")]
+    if lost or report["mismatched_keys"]:
+        raise UserError(f"weights in '{source}' do not fit a CLIP (missing {lost[0] if lost else 'shapes'})")
+    return model
 
 
 class ClipScorer(Scorer):
-    """Base of CLIPScore and PickScore. Subclasses give the scale and what they expect of a named checkpoint."""
+    """Base of CLIPScore, PickScore and HPS. Subclasses give the scale, the pixels, the text's cleaning, and what they
+    expect of a named checkpoint."""
 
     formula: ClassVar[str]
-    # name -> (vision width, vision layers, patch, activation) of checkpoints whose name promises an architecture
-    expects: ClassVar[dict[str, tuple[int, int, int, str]]] = {}
+    expects: ClassVar[dict[str, Shape]] = {}  # of checkpoints whose name promises an architecture
+    activation: ClassVar[str | None] = None  # of a bare checkpoint file under a name without a promise
+    cleaning: ClassVar[str | None] = None  # hf | openclip; None: as the checkpoint's layout has it
+    prefix = ""
 
-    def __init__(
-        self, model: CLIPModel, tokenizer: CLIPTokenizer, pixels: P1, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, towers: Towers, device: torch.device, dtype: torch.dtype, name: str) -> None:
         # Read before the cast: exp of an fp16 logit scale is off by up to 0.4 %.
-        self.logit_scale = float(model.logit_scale.detach().float())
-        self.model = model.eval().requires_grad_(False).to(device=device, dtype=dtype)
-        self.tokenizer, self.pixels, self.device, self.dtype = tokenizer, pixels, device, dtype
-        self.max_tokens = int(model.config.text_config.max_position_embeddings)
-        self.preprocess_id = pixels.id
+        self.logit_scale = float(towers.model.logit_scale.detach().float())
+        self.model = towers.model.eval().requires_grad_(False).to(device=device, dtype=dtype)
+        self.name, self.tokenizer, self.device, self.dtype = name, towers.tokenizer, device, dtype
+        self.pixels = self.choose_pixels(towers)
+        self.clean = self.cleaning or ("openclip" if towers.openclip else "hf")
+        self.max_tokens = int(self.model.config.text_config.max_position_embeddings)
+        self.preprocess_id = self.pixels.id
         self.texts_encoded = 0
         self._texts: dict[str, torch.Tensor] = {}
         self._block: dict[str, tuple[str, ...]] = {}
@@ -47,31 +193,27 @@ class ClipScorer(Scorer):
     def from_pretrained(
         cls, path: str | Path | None = None, device: str = "auto", dtype: str = "auto", name: str | None = None
     ) -> Self:
-        """Load a CLIPModel folder or hub id: config, weights, tokenizer, and the preprocessor where there is one.
+        """Load a CLIP: a transformers folder or hub id, an OpenCLIP folder, or an OpenCLIP checkpoint file.
 
         Raises UserError when it is missing, is no CLIP, lacks weights, or is not what its name promises."""
-        about = list_scorers()[name] if name else next(a for a in list_scorers().values() if a.module == cls._module())
+        about = cls.about(name)
         source = path or about.weights
         if source is None:
             raise UserError(f"scorer '{about.name}' needs a path; say {about.name}=FOLDER_OR_HUB_ID")
-        folder = resolve_weights(source, about.name)
         where = resolve_device(device)
         dtype_name, torch_dtype = resolve_dtype(dtype, where)
-        _check_config(folder, about.name, cls.expects.get(about.name))
-        model, report = _load(folder)
-        lost = [k for k in report["missing_keys"] if not k.endswith("position_ids")]
-        if lost or report["mismatched_keys"]:
-            raise UserError(
-                f"weights in '{source}' do not fit its config.json (missing {lost[0] if lost else 'shapes'})"
-            )
-        scorer = cls(model, CLIPTokenizer.from_pretrained(folder), _pixels(folder, model), where, torch_dtype)
-        scorer.name, scorer.path = about.name, str(source)
+        expected = cls.expects.get(about.name)
+        towers = load_towers(source, about.name, expected, expected[3] if expected else cls.activation)
+        scorer = cls(towers, where, torch_dtype, about.name)
+        scorer.path = str(source)
+        scorer.weights_note = check_known(towers.files, about.name)
         scorer.fingerprint = {
             "scorer": cls._module(),
-            "formula": cls.formula,
+            "formula": scorer.formula,
             "scale": f"{scorer.scale:.6g}",
-            "weights": weights_sha256(folder),
+            "weights": weights_sha256(towers.files),
             "preprocess": scorer.preprocess_id,
+            "text": f"{scorer.clean}{' after ' + repr(scorer.prefix) if scorer.prefix else ''}",
             "max_tokens": str(scorer.max_tokens),
             "dtype": dtype_name,
             "code": CODE_VERSION,
@@ -79,8 +221,18 @@ class ClipScorer(Scorer):
         return scorer
 
     @classmethod
+    def about(cls, name: str | None) -> About:
+        """The listing's line of a name, or the first of this scorer's file."""
+        listed = list_scorers()
+        return listed[name] if name else next(a for a in listed.values() if a.module == cls._module())
+
+    @classmethod
     def _module(cls) -> str:
         return cls.__module__.rsplit(".", 1)[-1]
+
+    def choose_pixels(self, towers: Towers) -> Pixels:
+        """The pixel pipeline."""
+        return towers.pixels()
 
     @property
     def scale(self) -> float:
@@ -93,15 +245,16 @@ class ClipScorer(Scorer):
     @torch.no_grad()
     def score_prepared(self, prepared: Sequence[np.ndarray], prompts: Sequence[str]) -> Scored:
         images = self.embed_pixels(self.pixels.normalise(np.stack(list(prepared))).to(self.device))
-        cosine = (images * self.embed_texts(prompts)).sum(1)
-        return Scored((self.scale * cosine).cpu())
+        return Scored(self.value((images * self.embed_texts(prompts)).sum(1)).cpu())
+
+    def value(self, cosine: torch.Tensor) -> torch.Tensor:
+        """The score of a cosine, fp32."""
+        return self.scale * cosine
 
     def reward(self, images: torch.Tensor, prompts: str | Sequence[str]) -> torch.Tensor:
-        texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
-        if len(texts) != len(images):
-            raise UserError(f"{len(images)} images but {len(texts)} prompts; give one prompt an image, or one for all")
+        texts = texts_for(len(images), prompts)
         embedded = self.embed_pixels(self.pixels.tensor(images.to(self.device)))
-        return (self.scale * (embedded * self.embed_texts(texts)).sum(1)).to(images.device)
+        return self.value((embedded * self.embed_texts(texts)).sum(1)).to(images.device)
 
     def embed_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised pixels (N, 3, S, S) -> unit image embeddings, fp32 (N, D). Differentiable."""
@@ -136,12 +289,17 @@ class ClipScorer(Scorer):
     def _lengths(self, prompts: Sequence[str]) -> list[int]:
         if not prompts:
             return []
-        return [len(ids) for ids in self.tokenizer(list(prompts), truncation=False, verbose=False).input_ids]
+        return [len(ids) for ids in self.tokenizer(self._read(prompts), truncation=False, verbose=False).input_ids]
+
+    def _read(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts as the tokenizer gets them."""
+        clean: Callable[[str], str] = openclip_clean if self.clean == "openclip" else str
+        return [clean(self.prefix + prompt) for prompt in prompts]
 
     def _encode(self, prompts: Sequence[str]) -> torch.Tensor:
         # Padding to the longest is free: the tower is causal and pooled at the first end token.
         tokens = self.tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            self._read(prompts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         ).to(self.device)
         out = self.model.get_text_features(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         return unit(projected(out))
@@ -155,43 +313,3 @@ def projected(out: object) -> torch.Tensor:
 def unit(features: torch.Tensor) -> torch.Tensor:
     """fp32, length 1 along the last axis."""
     return F.normalize(features.float(), dim=-1)
-
-
-def _load(folder: Path) -> tuple[CLIPModel, dict[str, list[str]]]:
-    """The model in fp32 and what did not fit, without transformers' own progress bar."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        return CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-
-
-def _check_config(folder: Path, name: str, expected: tuple[int, int, int, str] | None) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("model_type") != "clip":
-        kind = config.get("model_type") or "/".join(config.get("architectures") or ["something else"])
-        raise UserError(f"'{folder}' for scorer '{name}' holds a {kind}, not a CLIPModel; give a CLIP folder")
-    if expected is None:
-        return
-    vision = config.get("vision_config") or {}
-    # CLIPConfig's own defaults (ViT-B/32, quick_gelu) stand for keys that a config leaves out.
-    have = (
-        vision.get("hidden_size", 768),
-        vision.get("num_hidden_layers", 12),
-        vision.get("patch_size", 32),
-        vision.get("hidden_act", "quick_gelu"),
-    )
-    if have != expected:
-        raise UserError(
-            f"'{folder}' is not what '{name}' stands for: width, layers, patch, activation are {have}, "
-            f"want {expected}; say clip={folder} for another CLIP"
-        )
-
-
-def _pixels(folder: Path, model: CLIPModel) -> P1:
-    file = folder / "preprocessor_config.json"
-    stated = json.loads(file.read_text()) if file.is_file() else {}
-    (r, g, b), (sr, sg, sb) = stated.get("image_mean", CLIP_MEAN), stated.get("image_std", CLIP_STD)
-    return P1(size=int(model.config.vision_config.image_size), mean=(r, g, b), std=(sr, sg, sb))

@@ -1,12 +1,17 @@
-"""CLIPScore as 100 x cosine (no prompt prefix, no clamp): Radford et al. 2021 (arXiv 2103.00020), Hessel et al. 2021
-(arXiv 2104.08718) with the original's prefix and 2.5 x relu left out, as diffusion papers report it."""
+"""CLIPScore. As diffusion papers report it: 100 x cosine, no prompt prefix, no clamp (Radford et al. 2021, arXiv
+2103.00020). ``clipscore_hessel`` is the original of Hessel et al. 2021 (arXiv 2104.08718): ViT-B/32, the prompt after
+"A photo depicts ", 2.5 x max(cosine, 0), pixels as torchvision crops them."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from ._clip import ClipScorer
+import torch
 
+from ..preprocess import Pixels
+from ._clip import ClipScorer, Shape, Towers
+
+HESSEL = "clipscore_hessel"
 SCORERS: dict[str, dict[str, object]] = {
     "clip_l14": {
         "about": "100 x cosine of OpenAI CLIP ViT-L/14 (QuickGELU)",
@@ -18,7 +23,11 @@ SCORERS: dict[str, dict[str, object]] = {
         "weights": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         "band": (15.0, 50.0),
     },
-    "clip": {"about": "100 x cosine of any CLIPModel: clip=FOLDER_OR_HUB_ID"},
+    "clipscore_hessel": {
+        "about": "the original CLIPScore: 2.5 x max(cosine, 0), ViT-B/32, 'A photo depicts ' before the prompt",
+        "weights": "openai/clip-vit-base-patch32",
+    },
+    "clip": {"about": "100 x cosine of any CLIP: clip=FOLDER_OR_HUB_ID (transformers' or OpenCLIP's layout)"},
     "tiny-clip": {"about": "clip with the shipped model of the tiny world", "weights": "asset:tiny-clip"},
 }
 
@@ -26,12 +35,28 @@ SCORERS: dict[str, dict[str, object]] = {
 class Clip(ClipScorer):
     """``Clip.from_pretrained("openai/clip-vit-large-patch14")(images, prompts)``: 100 x cosine, fp32 (N,)."""
 
-    formula = "100*cos"
-    expects: ClassVar[dict[str, tuple[int, int, int, str]]] = {
+    expects: ClassVar[dict[str, Shape]] = {
         "clip_l14": (1024, 24, 14, "quick_gelu"),
         "clip_h14": (1280, 32, 14, "gelu"),
+        "clipscore_hessel": (768, 12, 32, "quick_gelu"),
     }
+
+    def __init__(self, towers: Towers, device: torch.device, dtype: torch.dtype, name: str) -> None:
+        self.original = name == HESSEL
+        super().__init__(towers, device, dtype, name)
+        if self.original:
+            self.prefix, self.clean = "A photo depicts ", "openclip"
+
+    @property
+    def formula(self) -> str:  # type: ignore[override]
+        return "2.5*max(cos,0)" if self.original else "100*cos"
 
     @property
     def scale(self) -> float:
-        return 100.0
+        return 2.5 if self.original else 100.0
+
+    def value(self, cosine: torch.Tensor) -> torch.Tensor:
+        return self.scale * (cosine.clamp(min=0) if self.original else cosine)
+
+    def choose_pixels(self, towers: Towers) -> Pixels:
+        return towers.pixels("torchvision" if self.original else None)

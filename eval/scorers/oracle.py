@@ -12,7 +12,7 @@ from PIL import Image
 
 from ...errors import UserError
 from . import list_scorers
-from ._base import CODE_VERSION, Scored, Scorer, resolve_device, resolve_weights, weights_sha256
+from ._base import CODE_VERSION, Scored, Scorer, model_files, resolve_device, resolve_weights, weights_sha256
 
 if TYPE_CHECKING:
     from ..oracle import Oracle
@@ -40,7 +40,7 @@ class OracleScorer(Scorer):
         resolve_device(device)
         scorer = cls()
         scorer.name = name or "oracle"
-        scorer.path = str(path or list_scorers()[scorer.name].weights)
+        scorer.path, scorer.weights_note = str(path or list_scorers()[scorer.name].weights), "the project's own"
         folder = resolve_weights(scorer.path, scorer.name)
         try:
             scorer.oracle = Oracle.from_pretrained(folder)
@@ -52,7 +52,7 @@ class OracleScorer(Scorer):
             "scorer": "oracle",
             "formula": "all right",
             "scale": "1",
-            "weights": weights_sha256(folder),
+            "weights": weights_sha256(model_files(folder)),
             "preprocess": cls.preprocess_id,
             "dtype": "fp32",
             "code": CODE_VERSION,

@@ -46,7 +46,7 @@ class ImageTable(Protocol):
 class Cell:
     """A picture inside a table: nothing is read before it is asked for."""
 
-    table: ImageTable
+    table: ImageTable = field(compare=False, repr=False)
     row: int
     column: str
 

@@ -56,11 +56,11 @@ class Context:
         """The network's own prediction (B, C, h, w) in fp32.
 
         ``guidance`` follows diffusers: uncond + w (cond - uncond); 1 is conditional only, in one call of B, otherwise
-        one call of 2B."""
+        one call of 2B. The unconditional branch keeps the sizes of the pictures, as diffusers' SDXL pipeline does."""
         with self.casting():
             if guidance == 1.0:
                 return self.roles(role, x_t, t, cond).float()
-            both = Cond.cat([self.uncond.expand(len(x_t)), cond])
+            both = Cond.cat([self.uncond.expand(len(x_t)).beside(cond), cond])
             uncond, conditional = self.roles(role, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
         return guide(conditional, uncond, guidance)
 

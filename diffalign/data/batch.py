@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+TIME_IDS = "time_ids"
+
 
 @dataclass
 class Cond:
@@ -24,9 +26,15 @@ class Cond:
         return self.embeds.shape[0]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
-        """The same on another device or in another dtype; the copy does not wait."""
-        move = {"device": device, "dtype": dtype, "non_blocking": True}
-        return Cond(self.embeds.to(**move), {k: v.to(**move) for k, v in self.added.items()})  # type: ignore[arg-type]
+        """The same on another device or in another dtype; the copy does not wait.
+
+        ``time_ids`` keep their dtype: bf16 would round a side of 1001 pixels to 1000."""
+
+        def move(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+            return tensor.to(device=device, dtype=dtype, non_blocking=True)
+
+        added = {k: move(v, None if k == TIME_IDS else dtype) for k, v in self.added.items()}
+        return Cond(move(self.embeds, dtype), added)
 
     def take(self, index: Tensor | slice | Sequence[int]) -> Cond:
         """Rows by index."""
@@ -39,6 +47,14 @@ class Cond:
     def expand(self, n: int) -> Cond:
         """One row spread over n samples without a copy."""
         return Cond(self.embeds.expand(n, -1, -1), {k: v.expand(n, -1) for k, v in self.added.items()})
+
+    def beside(self, other: Cond) -> Cond:
+        """This text with what ``other`` says of its pictures (their ``time_ids``)."""
+        return Cond(self.embeds, {**other.added, **self.added})
+
+    def sized(self, time_ids: Tensor) -> Cond:
+        """With the sizes (B, 6) of its pictures, where the network takes them: together with pooled text."""
+        return Cond(self.embeds, {**self.added, TIME_IDS: time_ids}) if self.added else self
 
     @staticmethod
     def cat(parts: Sequence[Cond]) -> Cond:
@@ -57,7 +73,8 @@ class Batch:
     ``ids`` and ``visits`` (how often each sample was used before) key every random draw. ``latents`` holds (B, C, h, w)
     in fp32 by name (``chosen``, ``rejected`` or ``image``), ``cond`` by name (``prompt``, ``rejected_prompt``),
     ``columns`` numbers (B,). ``weight`` (B,) is 0 for padding rows. ``drawn`` holds (t, noise)
-    drawn ahead by the loader.
+    drawn ahead by the loader. ``sizes`` (B, 6) fp32 are by the names of ``latents``: height and width of the original,
+    top and left of the crop in the resized picture, height and width of what was encoded, all in pixels.
     """
 
     ids: tuple[str, ...]
@@ -67,9 +84,16 @@ class Batch:
     columns: dict[str, Tensor]
     weight: Tensor
     drawn: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    sizes: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def condition(self, picture: str) -> Cond:
+        """What the network is told of a picture: its prompt (``rejected_prompt`` where there is one) and, where the
+        network takes them, its own sizes."""
+        cond = self.cond.get(f"{picture}_prompt", self.cond["prompt"])
+        return cond.sized(self.sizes[picture]) if cond.added else cond
 
     def to(self, device: torch.device | str) -> Batch:
         """The same on another device; copies from pinned memory do not wait."""
@@ -81,6 +105,7 @@ class Batch:
             {k: v.to(device, non_blocking=True) for k, v in self.columns.items()},
             self.weight.to(device, non_blocking=True),
             {k: (t.to(device, non_blocking=True), e.to(device, non_blocking=True)) for k, (t, e) in self.drawn.items()},
+            {k: v.to(device, non_blocking=True) for k, v in self.sizes.items()},
         )
 
     def pin(self) -> Batch:
@@ -96,6 +121,7 @@ class Batch:
             {k: v.pin_memory() for k, v in self.columns.items()},
             self.weight.pin_memory(),
             {k: (t.pin_memory(), e.pin_memory()) for k, (t, e) in self.drawn.items()},
+            {k: v.pin_memory() for k, v in self.sizes.items()},
         )
 
     def take(self, index: Sequence[int]) -> Batch:
@@ -109,4 +135,5 @@ class Batch:
             {k: v[rows] for k, v in self.columns.items()},
             self.weight[rows],
             {k: (t[rows], e[rows]) for k, (t, e) in self.drawn.items()},
+            {k: v[rows] for k, v in self.sizes.items()},
         )

@@ -38,7 +38,8 @@ Columns = Mapping[str, Tensor]
 @dataclass(frozen=True)
 class Item:
     """One row on the CPU: ``latents`` (C, h, w) and, when the posterior is sampled, their ``std``; ``cond`` of one
-    sample; ``sizes`` (height, width, top, left): the picture's own size and the crop's corner; all by name."""
+    sample; ``sizes`` (6,): height and width of the original, top and left of the crop, height and width of what was
+    encoded; all by name."""
 
     id: str
     latents: dict[str, Tensor]
@@ -103,7 +104,7 @@ class LatentCache:
                 {k: conds[text] for k, text in words.items()},
                 self._columns(i),
                 {k: pictures[job.key]["std"] for k, job in named.items() if "std" in pictures[job.key]},
-                {k: pictures[job.key]["size"] for k, job in named.items()},
+                {k: self._sizes(pictures[job.key]) for k, job in named.items()},
             )
             for i, named, words in zip(indices, jobs, texts, strict=True)
         ]
@@ -137,6 +138,7 @@ class LatentCache:
             {name: Cond.cat([item.cond[name] for item in items]) for name in items[0].cond},
             {k: torch.tensor([item.columns[k] for item in items], dtype=torch.float32) for k in items[0].columns},
             torch.ones(len(items)),
+            sizes={name: torch.stack([item.sizes[name] for item in items]).float() for name in items[0].sizes},
         )
 
     @property
@@ -155,31 +157,47 @@ class LatentCache:
     ) -> None:
         """Columns that a method computes once for each row: ``compute`` maps a batch (visit 0, not mirrored) to (B,)
         tensors. They are stored beside the cache under ``made_by``, which says what they depend on besides it."""
-        by = {**made_by, "cache": self.fingerprint, "seed": str(seed)}
+
+        def columns(part: Sequence[int]) -> Columns:
+            return compute(self.collate(self.items(part), [0] * len(part), seed))
+
+        table = self.table({**made_by, "seed": str(seed)}, columns, batch)
+        for i in range(len(self)):
+            self.extra[i] = {name: float(values[i]) for name, values in table.items()}
+
+    def table(
+        self, made_by: Mapping[str, str], compute: Callable[[Sequence[int]], Columns], batch: int
+    ) -> dict[str, Tensor]:
+        """Numbers (rows, ...) in fp32 that are computed once for each row: ``compute`` maps positions to (n, ...)
+        tensors. They are stored beside the cache under ``made_by``; the work is shared among the processes, and what
+        is there is not computed again."""
+        by = {**made_by, "cache": self.fingerprint}
         keys = [self._row_key(row) for row in self.rows]
         place = dict(zip(keys, range(len(keys)), strict=True))
 
-        def columns(chosen: Sequence[str]) -> Iterable[Piece]:
+        def pieces(chosen: Sequence[str]) -> Iterable[Piece]:
             for start in range(0, len(chosen), batch):
-                part = [place[key] for key in chosen[start : start + batch]]
-                found = compute(self.collate(self.items(part), [0] * len(part), seed))
-                yield [keys[i] for i in part], {k: v.detach().float().cpu() for k, v in found.items()}
+                part = list(chosen[start : start + batch])
+                found = compute([place[key] for key in part])
+                yield part, {name: values.detach().float().cpu() for name, values in found.items()}
 
         if self.root is None:
-            for names, values in columns(keys):
-                for number, key in enumerate(names):
-                    self.extra[place[key]] = {k: float(v[number]) for k, v in values.items()}
-            return
+            parts = [entry for _, entry in pieces(keys)]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         store = Store(store_folder(self.root, "columns", by), by)
         self._open([store])
         missing = store.missing(keys)
         self.ranks.barrier()
-        self._write(store, columns(_share(missing, self.ranks)), 4096, lambda n: None)
+        self._write(store, pieces(_share(missing, self.ranks)), 4096, lambda n: None)
         self._close([(store, missing)])
-        for i, key in enumerate(keys):
-            self.extra[i] = {k: float(v) for k, v in store.get(key).items()}
+        entries = [store.get(key) for key in keys]
+        return {name: torch.stack([entry[name] for entry in entries]) for name in entries[0]}
 
     # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _sizes(self, entry: Mapping[str, Tensor]) -> Tensor:
+        """(6,) as in `Item`; the last two follow from the latents."""
+        return torch.cat([entry["size"], torch.tensor(entry["mean"].shape[-2:]) * self.model.factor])
 
     def _texts(self, row: Row) -> dict[str, str]:
         texts = dict(row.prompts)

@@ -36,12 +36,14 @@ P = TypeVar("P", bound=PairConfig)
 
 @dataclass
 class Noised:
-    """Stacked noisy latents of B pairs: rows [0:B] chosen, [B:2B] rejected."""
+    """Stacked noisy latents of B pairs: rows [0:B] chosen, [B:2B] rejected. ``base``: the base's errors (2B,) on just
+    these inputs, where they are cached (``data.reference_errors``)."""
 
     x_t: Tensor
     t: Tensor
     target: Tensor
     cond: Cond
+    base: Tensor | None = None
 
 
 @dataclass
@@ -87,8 +89,7 @@ class PairMethod(Method[P], Generic[P]):
         t, noise = ctx.draw(batch)
         x0 = torch.cat([batch.latents["chosen"], batch.latents["rejected"]])
         t, noise = t.repeat(2), noise.repeat(2, 1, 1, 1)
-        prompt = batch.cond["prompt"]
-        cond = Cond.cat([prompt, batch.cond.get("rejected_prompt", prompt)])
+        cond = Cond.cat([batch.condition("chosen"), batch.condition("rejected")])
         denoiser = ctx.denoiser
         return Noised(denoiser.add_noise(x0, noise, t), t, denoiser.target(x0, noise, t), cond)
 
@@ -112,13 +113,20 @@ class PairMethod(Method[P], Generic[P]):
             rejected = factor * rejected + (1 - factor) * rejected.detach()
         if not self.needs.reference:
             return PairErrors(chosen, rejected, None, None)
+        base = self.base_errors(ctx, noised) if noised.base is None else noised.base
+        return PairErrors(chosen, rejected, *(base * scale).chunk(2))
+
+    def base_errors(self, ctx: Context, noised: Noised) -> Tensor:
+        """The base's errors (2B,) in the network's own units."""
         with torch.no_grad():
-            base = ctx.error("base", noised.x_t, noised.t, noised.cond, noised.target) * scale
-        return PairErrors(chosen, rejected, *base.chunk(2))
+            return ctx.error("base", noised.x_t, noised.t, noised.cond, noised.target)
 
     def loss(self, ctx: Context, batch: Batch, phase: Phase) -> Loss:
         """Values and curves of one micro-batch."""
-        errors = self.errors(ctx, self.noise(ctx, batch))
+        noised = self.noise(ctx, batch)
+        if "base_chosen" in batch.columns:
+            noised.base = torch.cat([batch.columns["base_chosen"], batch.columns["base_rejected"]])
+        errors = self.errors(ctx, noised)
         values, logits = self.objective(errors)
         logits = logits.detach()
         metrics = {

@@ -39,6 +39,6 @@ class SFT(Method[SFTConfig]):
         x0 = batch.latents["image"]
         denoiser = ctx.denoiser
         error = ctx.error(
-            "student", denoiser.add_noise(x0, noise, t), t, batch.cond["prompt"], denoiser.target(x0, noise, t)
+            "student", denoiser.add_noise(x0, noise, t), t, batch.condition("image"), denoiser.target(x0, noise, t)
         )
         return Loss(sft_loss(error), batch.weight, {"chosen_error": error})

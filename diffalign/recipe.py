@@ -71,14 +71,17 @@ class DataRecipe(Section):
     """Where the pairs are and how they become latents."""
 
     path: str
-    format: Literal["auto", "folder", "parquet", "datasets"] = "auto"
+    format: Literal["auto", "folder", "parquet", "datasets", "webdataset"] = "auto"
     split: str = "train"
+    streaming: bool = False
     resolution: Positive | None = None
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     alpha: Literal["white", "black", "drop"] = "white"
     ties: Literal["skip", "keep", "random"] = "skip"
     duplicates: Literal["skip", "keep"] = "skip"
+    near_duplicates: Annotated[int, Field(ge=0, le=32)] | None = None
+    min_gap: float | None = None
     max_pairs: Positive | None = None
     shuffle_labels: bool = False
     strict: bool = False
@@ -87,6 +90,7 @@ class DataRecipe(Section):
     cache_dir: str | None = None
     posterior: Literal["mean", "sample"] = "mean"
     encode_batch: Positive = 8
+    reference_errors: Positive | None = None
 
 
 Policy = Literal["off", "warn", "stop"]

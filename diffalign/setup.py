@@ -21,15 +21,15 @@ from .console import Console
 from .context import Context
 from .data.cache import LatentCache, open_cache
 from .data.files import cache_root
-from .data.readers import read_images, read_pairs
+from .data.readers import read_images, read_pairs, table_of
 from .data.rows import ImageRow, PairRow, Report
 from .data.source import Source, split_heldout
-from .data.tables import open_table
 from .errors import UserError, nearest
 from .families import Model, load_model, pick_device, pick_dtype
 from .methods import make_method
 from .methods.base import Method
 from .recipe import DataRecipe, Recipe, TrainRecipe
+from .reference import check_reference, reference_errors
 from .roles import BASE, Roles
 from .trainer import Trainer
 
@@ -133,7 +133,7 @@ def build_roles(model: Model, method: Method[Any], recipe: Recipe, dtype: torch.
 
 def read_rows(recipe: DataRecipe, kind: str) -> tuple[Rows, Report]:
     """Rows of the kind a method needs; ``image`` takes the chosen pictures of pairs, or plain captioned pictures."""
-    if kind == "pair" or PAIR_COLUMNS & set(open_table(recipe.path, recipe.format, recipe.split).columns):
+    if kind == "pair" or PAIR_COLUMNS & set(table_of(recipe).columns):
         pairs = read_pairs(recipe)
         if kind == "pair":
             return pairs.rows, pairs.report
@@ -159,6 +159,8 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
         raise UserError(f"train.batch {recipe.train.batch} is less than the {world} processes; raise it")
     if method.needs.batch not in {"pair", "image"}:
         raise UserError(f"method '{recipe.method.name}' needs {method.needs.batch} rows, which no reader gives yet")
+    if recipe.data.reference_errors:
+        check_reference(recipe, method)
     with accelerator.main_process_first():  # the others read what the first one found out about the pictures
         rows, report = read_rows(recipe.data, method.needs.batch)
     say(report.summary())
@@ -181,7 +183,8 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     if recipe.data.cache:
         model.release_encoders()
     training, held = split_heldout([row.id for row in rows], recipe.validate_.pairs, recipe.train.seed)
-    source = Source(cache, training, recipe.train.seed, uncond, recipe.data.caption_dropout)
+    period = recipe.data.reference_errors
+    source = Source(cache, training, recipe.train.seed, uncond, recipe.data.caption_dropout, period)
     heldout = Source(cache, held, recipe.train.seed, uncond) if held else None
     ctx = Context(
         build_roles(model, method, recipe, dtype),
@@ -199,6 +202,10 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     if type(method).prepare is not Method.prepare:
         made_by = {"method": recipe.method.name, "settings": method.config.model_dump_json(), **model.fingerprint()}
         cache.extend(made_by, lambda batch: method.prepare(ctx, batch.to(device)), recipe.data.encode_batch)
+    if period:
+        schedule = json.dumps(model.scheduler_config, sort_keys=True, default=str)
+        by = {**model.fingerprint(), "schedule": schedule}
+        source.reference = reference_errors(check_reference(recipe, method), ctx, source, recipe, by)
     trainer = Trainer(method, ctx, source, recipe.train, accelerator)
     return Parts(recipe, accelerator, model, method, rows, cache, trainer, heldout)
 

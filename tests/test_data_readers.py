@@ -380,7 +380,7 @@ def test_nothing_usable_says_why(tmp_path: Path) -> None:
     [
         (lambda t: t / "pears", r"does not exist; did you mean 'pairs'\?"),
         (lambda t: t / "pairs" / "empty", "holds no metadata.jsonl"),
-        (lambda t: t / "pairs" / "notes.txt", "is no .jsonl, .csv or .parquet file"),
+        (lambda t: t / "pairs" / "notes.txt", "is no .jsonl, .csv, .parquet or .tar file"),
         (lambda t: t / "pairs" / "torn.parquet", "no readable Parquet file"),
         (lambda t: t / "pairs" / "latin.csv", "cannot be read as UTF-8"),
         (lambda t: "nobody/nothing-here", "no file or folder here, and the hub says"),

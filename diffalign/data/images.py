@@ -86,6 +86,14 @@ def _to_rgb(image: Image.Image, alpha: Alpha) -> Image.Image:
     return image.convert("RGB")
 
 
+def difference_hash(image: Image.Image) -> int:
+    """64 bits: for 8 x 8 cells of the picture, whether a cell is darker than the one to its right.
+
+    Small changes (JPEG, size, brightness) turn few bits; unlike pictures differ in about 32."""
+    small = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), dtype=np.int16)
+    return int.from_bytes(np.packbits(small[:, :-1] < small[:, 1:]).tobytes(), "big")
+
+
 @dataclass(frozen=True)
 class Prepared:
     """``pixels`` (3, R, R) fp32 in [-1, 1]; ``original`` (height, width) of the upright picture; ``corner`` (top, left)

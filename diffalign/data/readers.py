@@ -9,17 +9,21 @@ Pairs: columns ``prompt`` (or ``caption``), ``chosen``, ``rejected`` (or ``chose
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from ..errors import UserError, nearest
 from ..keyed import generator
 from ..recipe import DataRecipe
+from .filters import Filters, Names, number_of
 from .images import ImageError
 from .rows import BadRow, ImageRef, ImageRow, ImageSet, PairRow, PairSet, Report, digest_of
-from .scan import SAVE_EVERY, Look, Scanner
-from .tables import Table, open_table
+from .scan import KEEP_FROM, SAVE_EVERY, Look, Scanner
+from .table import Table
+from .tables import open_table
 
 Progress = Callable[[int, int], None]
 CHUNK = 256
@@ -27,7 +31,7 @@ IDS = ("id", "ranking_id", "pair_id")
 
 
 @dataclass(frozen=True)
-class _Draft:
+class Draft:
     """A row before its pictures were looked at. ``preference`` is for the first picture: 1, 0, or 0.5 for a tie."""
 
     place: str
@@ -62,14 +66,13 @@ def read_pairs(recipe: DataRecipe, progress: Progress | None = None) -> PairSet:
     Raises:
         UserError: no such data, a column is missing, nothing usable, or a flaw under ``strict``.
     """
-    table = open_table(recipe.path, recipe.format, recipe.split)
-    columns = _PairColumns.of(table)
+    table = table_of(recipe)
+    columns = PairColumns.of(table)
     report = Report(table.label, table.format)
-    seen: set[tuple[str, ...]] = set()
+    filters, names = Filters(recipe), Names()
     rows: list[PairRow] = []
-    taken: dict[str, int] = {}
     for draft, looks in _walk(table, columns.images, columns.draft, recipe, report, progress):
-        row = _pair(draft, looks, recipe, seen, taken)
+        row = make_pair(draft, looks, recipe, filters, names)
         if isinstance(row, BadRow):
             report.bad.append(row)
             continue
@@ -77,7 +80,7 @@ def read_pairs(recipe: DataRecipe, progress: Progress | None = None) -> PairSet:
         report.ties_kept += row.tie
         if len(rows) == recipe.max_pairs:
             break
-    _settle(report, len(rows), recipe, "pair")
+    settle(report, len(rows), recipe, "pair")
     return PairSet(rows, report)
 
 
@@ -89,59 +92,66 @@ def read_images(recipe: DataRecipe, progress: Progress | None = None) -> ImageSe
     Raises:
         UserError: as :func:`read_pairs`.
     """
-    table = open_table(recipe.path, recipe.format, recipe.split)
+    table = table_of(recipe)
     prompt = _column(table, ("prompt", "caption", "text"))
     image = _column(table, ("file_name", "image"))
     ids = _own_ids(table)
     report = Report(table.label, table.format)
 
-    def draft(i: int) -> _Draft:
-        own = ids[i] if ids else ""
-        return _Draft(
+    def draft(i: int) -> Draft:
+        return Draft(
             table.place(i),
-            own,
+            str(table.value(i, ids)) if ids else "",
             (_prompt(table, i, prompt), None),
             (table.ref(i, image),),
             (_number(table, i, "score"),),
         )
 
     rows: list[ImageRow] = []
-    taken: dict[str, int] = {}
+    filters, names = Filters(recipe), Names()
     for found, (look,) in _walk(table, (image,), draft, recipe, report, progress):
         content = digest_of(found.prompts[0].encode(), look.digest.encode())[:20]
-        if recipe.duplicates == "skip" and content in taken:
-            report.bad.append(found.bad("duplicate"))
+        flaw = ("duplicate", "") if recipe.duplicates == "skip" and content in names else None
+        flaw = flaw or filters.refuse_one(found.prompts[0], look)
+        if flaw:
+            report.bad.append(found.bad(*flaw))
             continue
-        name = _unique(content, taken)
+        name = names.take(content)
         rows.append(ImageRow(found.id or name, found.prompts[0], look.apply(found.refs[0]), found.scores[0]))
         if len(rows) == recipe.max_pairs:
             break
-    _settle(report, len(rows), recipe, "picture")
+    settle(report, len(rows), recipe, "picture")
     return ImageSet(rows, report)
+
+
+def table_of(recipe: DataRecipe) -> Table:
+    """The table of ``recipe.path``. Raises UserError."""
+    if recipe.streaming and not recipe.cache:
+        raise UserError("data.streaming needs data.cache=true: without a cache every step would read the stream anew")
+    return open_table(recipe.path, recipe.format, recipe.split, recipe.streaming)
 
 
 def _walk(
     table: Table,
     images: tuple[str, ...],
-    draft: Callable[[int], _Draft],
+    draft: Callable[[int], Draft],
     recipe: DataRecipe,
     report: Report,
     progress: Progress | None,
-) -> Iterator[tuple[_Draft, list[Look]]]:
+) -> Iterator[tuple[Draft, list[Look]]]:
     """Drafts with looks at their pictures; what cannot become one goes to the report."""
-    total = len(table)
-    report.available = total + len(table.bad)
     report.rows = len(table.bad)
     report.bad += table.bad
-    with Scanner(recipe, table.label, len(images) * min(total, recipe.max_pairs or total)) as scanner:
-        for start in range(0, total, CHUNK):
-            drafts: list[_Draft | BadRow] = []
-            for i in range(start, min(start + CHUNK, total)):
-                try:
-                    drafts.append(draft(i))
-                except (ImageError, _BadValue) as error:
-                    drafts.append(BadRow(table.place(i), error.reason, str(error)))
-            looks = iter(scanner.look([ref for d in drafts if isinstance(d, _Draft) for ref in d.refs]))
+    expected = min(table.total or KEEP_FROM, recipe.max_pairs or table.total or KEEP_FROM)
+    with Scanner(recipe, table.label, len(images) * expected) as scanner:
+        start = 0
+        while table.exists(start):
+            drafts: list[Draft | BadRow] = []
+            for i in range(start, start + CHUNK):
+                if not table.exists(i):
+                    break
+                drafts.append(draft_or_flaw(table, i, draft))
+            looks = iter(scanner.look([ref for d in drafts if isinstance(d, Draft) for ref in d.refs]))
             for d in drafts:
                 report.rows += 1
                 if isinstance(d, BadRow):
@@ -152,33 +162,41 @@ def _walk(
                 if wrong is not None:
                     report.bad.append(d.bad(wrong.reason, wrong.error))
                 else:
+                    report.available = len(table.bad) + (table.total or start + len(drafts))
                     yield d, mine
             scanner.save(SAVE_EVERY)
+            start += len(drafts)
             if progress is not None:
-                progress(min(start + CHUNK, total), total)
+                progress(start, table.total or 0)
+    report.available = len(table.bad) + (table.total or start)
 
 
-def _pair(
-    draft: _Draft, looks: list[Look], recipe: DataRecipe, seen: set[tuple[str, ...]], taken: dict[str, int]
+def draft_or_flaw(table: Table, i: int, draft: Callable[[int], Draft]) -> Draft | BadRow:
+    """A row before its pictures were looked at, or why there is none."""
+    try:
+        return draft(i)
+    except (ImageError, _BadValue) as error:
+        return BadRow(table.place(i), error.reason, str(error))
+
+
+def make_pair(
+    draft: Draft, looks: Sequence[Look], recipe: DataRecipe, filters: Filters, names: Names
 ) -> PairRow | BadRow:
-    first, second = looks
+    """The pair, winner first, after the policies; or why it is left out."""
     tie = draft.preference == 0.5
     if tie and recipe.ties == "skip":
         return draft.bad("tie")
-    if recipe.duplicates == "skip":
-        if first.pixels == second.pixels:
-            return draft.bad("identical images", "bytes" if first.digest == second.digest else "pixels")
-        key = (draft.prompts[0], draft.prompts[1] or "", *sorted((first.digest, second.digest)))
-        if key in seen:
-            return draft.bad("duplicate")
-        seen.add(key)
-    a, b = (look.apply(ref) for look, ref in zip(looks, draft.refs, strict=True))
-    prompt, other = draft.prompts
-    row = PairRow("", prompt, a, b, other, draft.scores[0], draft.scores[1], tie)
+    a, b = draft.scores
+    gap = None if a is None or b is None else (b - a if draft.preference == 0 else a - b)
+    flaw = filters.refuse(draft.prompts, looks, gap)
+    if flaw:
+        return draft.bad(*flaw)
+    first, second = (look.apply(ref) for look, ref in zip(looks, draft.refs, strict=True))
+    row = PairRow("", draft.prompts[0], first, second, draft.prompts[1], a, b, tie)
     if draft.preference == 0:
         row = _swapped(row)
     content = digest_of(row.prompt.encode(), row.chosen.digest.encode(), row.rejected.digest.encode())[:20]
-    row = replace(row, id=draft.id or _unique(content, taken))
+    row = replace(row, id=draft.id or names.take(content))
     if tie and recipe.ties == "random":
         row = replace(_swapped(row) if _coin("tie", row.id) else row, tie=False)
     return _swapped(row) if recipe.shuffle_labels and _coin("shuffle_labels", row.id) else row
@@ -202,13 +220,7 @@ def _coin(purpose: str, key: str) -> bool:
     return bool(generator(purpose, key).random() < 0.5)
 
 
-def _unique(content: str, taken: dict[str, int]) -> str:
-    """The content's id, with a number from the second time on."""
-    taken[content] = taken.get(content, 0) + 1
-    return content if taken[content] == 1 else f"{content}-{taken[content]}"
-
-
-def _settle(report: Report, usable: int, recipe: DataRecipe, what: str) -> None:
+def settle(report: Report, usable: int, recipe: DataRecipe, what: str) -> None:
     """Close the account. Raises UserError for a flaw under ``strict`` and when nothing is left."""
     report.usable = usable
     flaws = report.flaws
@@ -222,7 +234,7 @@ def _settle(report: Report, usable: int, recipe: DataRecipe, what: str) -> None:
 
 
 @dataclass(frozen=True)
-class _PairColumns:
+class PairColumns:
     """Which columns of a table hold what."""
 
     table: Table
@@ -230,10 +242,10 @@ class _PairColumns:
     images: tuple[str, str]
     scores: tuple[str, str]
     pick: bool
-    ids: list[str] | None
+    ids: str | None
 
     @staticmethod
-    def of(table: Table) -> _PairColumns:
+    def of(table: Table) -> PairColumns:
         """Raises UserError that names the missing column."""
         prompt = _column(table, ("prompt", "caption"))
         pick = "jpg_0" in table.columns or "jpg_1" in table.columns
@@ -244,18 +256,18 @@ class _PairColumns:
         else:
             images = _column(table, ("chosen", "chosen_file_name")), _column(table, ("rejected", "rejected_file_name"))
             scores = ("chosen_score", "rejected_score")
-        return _PairColumns(table, prompt, images, scores, pick, _own_ids(table))
+        return PairColumns(table, prompt, images, scores, pick, _own_ids(table))
 
-    def draft(self, i: int) -> _Draft:
+    def draft(self, i: int) -> Draft:
         """Raises ImageError or _BadValue for a row that cannot be read."""
         table = self.table
         other = table.value(i, "rejected_prompt")
         if other is not None and not isinstance(other, str):
             raise _BadValue("malformed row", "'rejected_prompt' is no text")
-        return _Draft(
+        return Draft(
             table.place(i),
-            self.ids[i] if self.ids else "",
-            (_prompt(table, i, self.prompt), other),
+            str(table.value(i, self.ids)) if self.ids else "",
+            (_prompt(table, i, self.prompt), other and _whole(other, "rejected_prompt")),
             tuple(table.ref(i, column) for column in self.images),
             tuple(_number(table, i, column) for column in self.scores),
             self._picked(i) if self.pick else self._written(i),
@@ -293,22 +305,41 @@ def _column(table: Table, names: tuple[str, ...]) -> str:
     raise UserError(f"'{table.label}' has no column {wanted}; it has {', '.join(table.columns)}{hint}")
 
 
-def _own_ids(table: Table) -> list[str] | None:
-    """The rows' own ids, where every row has one and no two are equal."""
-    for name in IDS:
-        values = table.values.get(name)
-        if values and all(value is not None for value in values):
-            ids = [str(value) for value in values]
-            if len(set(ids)) == len(ids):
-                return ids
+def _own_ids(table: Table) -> str | None:
+    """The column of the rows' own ids, where every row has one and no two are equal. A stream cannot tell ahead."""
+    for name in IDS if table.total else ():
+        if name in table.columns and _all_differ(table, name):
+            return name
     return None
+
+
+def _all_differ(table: Table, column: str) -> bool:
+    numbers = np.empty(table.total or 0, dtype=np.uint64)
+    for i in range(len(numbers)):
+        try:
+            value = table.value(i, column)
+        except ImageError:
+            return False
+        if value is None:
+            return False
+        numbers[i] = number_of(str(value))
+    return len(np.unique(numbers)) == len(numbers)
 
 
 def _prompt(table: Table, i: int, column: str) -> str:
     value = table.value(i, column)
     if not isinstance(value, str) or not value.strip():
         raise _BadValue("no prompt", "" if value is None or isinstance(value, str) else f"'{column}' is no text")
-    return value
+    return _whole(value, column)
+
+
+def _whole(text: str, column: str) -> str:
+    """The text, where it is Unicode (JSON can hold half a character)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _BadValue("malformed row", f"'{column}' holds half a character") from error
+    return text
 
 
 def _number(table: Table, i: int, column: str, reason: str = "malformed row") -> float | None:

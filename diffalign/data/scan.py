@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..recipe import DataRecipe
 from .files import cache_root, write_atomic
-from .images import Alpha, ImageError, load_image
+from .images import Alpha, ImageError, difference_hash, load_image
 from .rows import ImageRef, digest_of
 
 # Below this many pictures looking again is cheaper than a file.
@@ -27,7 +27,8 @@ def workers() -> int:
 
 @dataclass(frozen=True)
 class Look:
-    """``digest`` of the bytes, ``pixels`` of the decoded picture; ``error`` and its ``reason`` when it is of no use."""
+    """``digest`` of the bytes, ``pixels`` and ``hash`` (64-bit difference hash) of the decoded picture; ``error`` and
+    its ``reason`` when it is of no use."""
 
     digest: str = ""
     width: int = 0
@@ -35,6 +36,7 @@ class Look:
     pixels: str = ""
     error: str = ""
     reason: str = ""
+    hash: int = 0
 
     def apply(self, ref: ImageRef) -> ImageRef:
         """The reference with what was seen."""
@@ -42,14 +44,22 @@ class Look:
 
 
 def look_at(ref: ImageRef, alpha: Alpha) -> Look:
-    """Decode one picture in full."""
+    """Read and decode one picture in full."""
     try:
         data = ref.read()
-        image = load_image(data, alpha)
     except ImageError as error:
         return Look(error=f"{ref.name}: {error}", reason=error.reason)
+    return look_bytes(data, ref.name, alpha)
+
+
+def look_bytes(data: bytes, name: str, alpha: Alpha) -> Look:
+    """Decode one picture in full; ``name`` is for the error."""
+    try:
+        image = load_image(data, alpha)
+    except ImageError as error:
+        return Look(error=f"{name}: {error}", reason=error.reason)
     pixels = digest_of(f"{image.size}".encode(), image.tobytes())
-    return Look(digest_of(data), image.width, image.height, pixels)
+    return Look(digest_of(data), image.width, image.height, pixels, hash=difference_hash(image))
 
 
 class Scanner:
@@ -61,7 +71,7 @@ class Scanner:
         self.alpha = recipe.alpha
         self.seen: dict[str, Look] = {}
         self.fresh = 0
-        name = digest_of(str(Path(label).absolute()).encode(), recipe.split.encode(), recipe.alpha.encode(), b"1")
+        name = digest_of(str(Path(label).absolute()).encode(), recipe.split.encode(), recipe.alpha.encode(), b"2")
         keep = recipe.cache and expected >= KEEP_FROM
         self.file: Path | None = cache_root(recipe) / "scans" / f"{name}.parquet" if keep else None
         self.pool = ThreadPoolExecutor(workers(), thread_name_prefix="scan")
@@ -99,7 +109,8 @@ class Scanner:
 
         columns = list(zip(*(astuple(look) for look in self.seen.values()), strict=True))
         names = [*Look.__dataclass_fields__]
-        table = pa.table({"stamp": list(self.seen), **{n: list(c) for n, c in zip(names, columns, strict=True)}})
+        arrays = {n: pa.array(c, pa.uint64() if n == "hash" else None) for n, c in zip(names, columns, strict=True)}
+        table = pa.table({"stamp": list(self.seen), **arrays})
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
         write_atomic(self.file, buffer.getvalue())

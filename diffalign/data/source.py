@@ -24,6 +24,10 @@ class Source:
         indices: which rows of it (training or held-out).
         seed: keys order, caption dropout and flips.
         caption_dropout: share of samples whose prompt is replaced by the unconditional one.
+        period: visits are counted modulo this, so that a row's draws come back (``data.reference_errors``).
+
+    ``reference`` (rows of the cache, V, 2): the base's errors at the first V visits, which ``load`` puts into the
+    columns ``base_chosen`` and ``base_rejected``.
     """
 
     def __init__(
@@ -33,12 +37,15 @@ class Source:
         seed: int,
         uncond: Cond,
         caption_dropout: float = 0.0,
+        period: int | None = None,
     ) -> None:
         self.cache = cache
         self.indices = np.asarray(indices, dtype=np.int64)
         self.seed = seed
         self.uncond = uncond.to("cpu")
         self.caption_dropout = caption_dropout
+        self.period = period
+        self.reference: torch.Tensor | None = None
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def __len__(self) -> int:
@@ -50,13 +57,17 @@ class Source:
     def rows(self, start: int, count: int) -> tuple[list[int], list[int]]:
         """(cache indices, visits) of the endless order's positions start .. start + count - 1."""
         epochs, places = np.divmod(np.arange(start, start + count), len(self.indices))
-        return [int(self._order(int(e))[p]) for e, p in zip(epochs, places, strict=True)], epochs.tolist()
+        visits = epochs % self.period if self.period else epochs
+        return [int(self._order(int(e))[p]) for e, p in zip(epochs, places, strict=True)], visits.tolist()
 
     def load(self, indices: Sequence[int], visits: Sequence[int]) -> Batch:
         """A batch on the CPU."""
         batch = self.cache.batch(indices, visits, self.seed)
         if self.caption_dropout:
             self._drop_captions(batch)
+        if self.reference is not None:
+            found = self.reference[list(indices), list(visits)]
+            batch.columns |= {"base_chosen": found[:, 0], "base_rejected": found[:, 1]}
         return batch
 
     def _drop_captions(self, batch: Batch) -> None:

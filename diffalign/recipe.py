@@ -58,6 +58,8 @@ class ModelRecipe(Section):
     revision: str | None = None
     variant: str | None = None
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    quantize: Literal["none", "8bit", "4bit"] = "none"
+    offload: bool = False
     storage: Literal["adapters", "copies"] = "adapters"
     lora: LoraRecipe = Field(default_factory=LoraRecipe)
     loras: list[LoraFile] = Field(default_factory=list)
@@ -130,6 +132,7 @@ class TrainRecipe(Section):
     max_nonfinite: Positive = 10
     guards: GuardsRecipe = Field(default_factory=GuardsRecipe)
     deterministic: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
 
 
 class ValidateRecipe(Section):

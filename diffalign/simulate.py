@@ -1,0 +1,289 @@
+"""A training step without numbers: the real networks and the real loss on the meta device, every allocation counted.
+
+Tensors on the meta device have shapes and no memory, so that a step of SDXL takes seconds on a laptop. What a GPU would
+hold is read off the same graph that training builds: adapters, checkpointing, the order of calls. Two things are
+supplied, since the meta device has neither: autocast as CUDA does it, and attention by a fused kernel.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from .context import Context, draw_key
+from .data.batch import Batch, Cond
+from .denoiser import Denoiser
+from .methods.base import Method, Phase
+from .roles import Roles
+
+META = torch.device("meta")
+LATENTS = {"pair": ("chosen", "rejected"), "image": ("image",)}
+fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What one sample is: latents (channels, height, width), text (tokens, width), further conditioning by name."""
+
+    latents: tuple[int, int, int]
+    tokens: int
+    width: int
+    added: tuple[tuple[str, int], ...] = ()
+
+    def cond(self, rows: int) -> Cond:
+        """Conditioning of ``rows`` samples on the meta device."""
+        return Cond(
+            torch.empty(rows, self.tokens, self.width, device=META),
+            {name: torch.empty(rows, width, device=META) for name, width in self.added},
+        )
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes and work of one micro-batch of a phase, beyond weights, adapters, gradients and optimiser states.
+
+    ``held`` is what forward keeps for backward, ``peak`` the most at any moment, ``flops`` of forward and backward
+    together, ``rows`` the samples through U-Net forwards. ``whole`` is False where the method's loss cannot run without
+    numbers, and one trained and one reference call stand in for it."""
+
+    held: int
+    peak: int
+    flops: float
+    rows: int
+    whole: bool = True
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of the storages that are alive, their highest sum, and floating-point operations.
+
+    ``spare``: tensors that are counted elsewhere: weights and their gradients."""
+
+    def __init__(self, spare: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.flops = 0.0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in spare}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.flops += work(func, args, kwargs or {}, out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.now += self._sizes[key]
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+
+def work(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> float:
+    """Floating-point operations of one kernel; 0 for what is no matrix product."""
+    packet = func._overloadpacket
+    if packet is fused_attention or packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        q, k = (args[0], args[1]) if packet is fused_attention else (args[1], args[2])
+        return (4.0 if packet is fused_attention else 10.0) * q.numel() * k.shape[-2]
+    formula = flop_registry.get(packet)
+    return float(formula(*args, **kwargs, out_val=out)) if formula else 0.0
+
+
+class _Hold(torch.autograd.Function):
+    """Identity that keeps its input for the backward pass, as an 8-bit layer does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        _ = ctx.saved_tensors
+        return grads[0]
+
+
+class CudaLike(TorchFunctionMode):
+    """Autocast by CUDA's rules (matrix products and convolutions in ``dtype``, norms in fp32, casts of trained weights
+    kept until the mode ends) and fused attention.
+
+    ``norms`` False leaves norms in the format of their input, as the CPU's autocast does; ``holds`` makes frozen linear
+    layers keep their input, as bitsandbytes' 8-bit layers do."""
+
+    LOW = frozenset({torch.nn.functional.linear, torch.conv2d, torch.matmul, torch.bmm, torch.baddbmm})
+    HIGH = frozenset({torch.group_norm, torch.layer_norm})
+
+    def __init__(self, dtype: torch.dtype | None, norms: bool = True, holds: bool = False) -> None:
+        super().__init__()
+        self.dtype, self.norms, self.holds = dtype, norms, holds
+        self._casts: dict[int, Tensor] = {}
+
+    def _cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
+            return value
+        if not (value.is_leaf and value.requires_grad):
+            return value.to(dtype)
+        if id(value) not in self._casts:
+            self._casts[id(value)] = value.to(dtype)
+        return self._casts[id(value)]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            q, k, v = (self._cast(x, self.dtype) if self.dtype else x for x in args[:3])
+            return fused_attention(q, k, v, 0.0, False)[0]
+        if self.dtype is not None:
+            to = self.dtype if func in self.LOW else torch.float32 if self.norms and func in self.HIGH else None
+            if to is not None:
+                args = [self._cast(value, to) for value in args]
+                kwargs = {name: self._cast(value, to) for name, value in kwargs.items()}
+        if self.holds and func is torch.nn.functional.linear and not args[1].requires_grad and args[0].requires_grad:
+            args = [_Hold.apply(args[0]), *args[1:]]
+        return func(*args, **kwargs)
+
+
+class _Context(Context):
+    """The context of a simulated step."""
+
+    modes: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def casting(self) -> AbstractContextManager[object]:
+        return self.modes()
+
+
+def checkpoint_under(roles: Roles, modes: Callable[[], AbstractContextManager[object]]) -> None:
+    """Where networks recompute, they do so under ``modes``, which a backward pass does not bring back by itself."""
+
+    def run(module: nn.Module, *args: Any) -> Any:
+        role = roles.current
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            with ExitStack() as stack:
+                stack.enter_context(roles.active(role))
+                stack.enter_context(modes())
+                yield
+
+        return torch.utils.checkpoint.checkpoint(
+            module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again())
+        )
+
+    for network in {id(n): n for n in roles.networks.values()}.values():
+        if getattr(network, "is_gradient_checkpointing", False):
+            network.enable_gradient_checkpointing(run)  # type: ignore[operator]
+
+
+def simulate_phase(
+    method: Method[Any],
+    roles: Roles,
+    phase: Phase,
+    shapes: Shapes,
+    rows: int,
+    denoiser: Denoiser,
+    autocast: torch.dtype | None = None,
+    *,
+    norms: bool = True,
+    holds: bool = False,
+) -> Usage:
+    """One micro-batch of ``rows`` through ``phase``: loss and backward.
+
+    Args:
+        roles: networks on the meta device.
+        rows: pairs, or images of methods on images.
+        autocast, norms, holds: see `CudaLike`.
+    """
+
+    def modes() -> AbstractContextManager[object]:
+        return CudaLike(autocast, norms, holds)
+
+    checkpoint_under(roles, modes)
+    roles.train_only(phase.trains)
+    forwards: list[int] = []
+    hooks = [
+        network.register_forward_pre_hook(lambda module, args: forwards.append(len(args[0])))
+        for network in {id(n): n for n in roles.networks.values()}.values()
+    ]
+    spare = [t for m in (*roles.networks.values(), *roles.modules.values()) for t in (*m.parameters(), *m.buffers())]
+    trained = [parameter for role in phase.trains for parameter in roles.parameters(role)]
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+        spare.append(parameter.grad)
+    try:
+        with torch.device(META):
+            ctx = _Context(roles, denoiser, 0, META, shapes.cond(1), phase=phase.name)
+            ctx.modes = modes
+            batch = _batch(method, phase, shapes, rows)
+            live = Live(spare)
+            try:
+                whole = True
+                with live:
+                    loss = method.loss(ctx, batch, phase)
+                    total = (loss.values * loss.weights).sum()
+            except (RuntimeError, NotImplementedError):  # a loss that looks at numbers
+                whole, live = False, Live(spare)
+                forwards.clear()
+                with live:
+                    total = _calls(method, ctx, phase, shapes, rows)
+            held = live.now
+            with live:
+                total.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.grad = None
+    return Usage(held, live.peak, live.flops, sum(forwards), whole)
+
+
+def _batch(method: Method[Any], phase: Phase, shapes: Shapes, rows: int) -> Batch:
+    """A micro-batch of nothing."""
+    names = LATENTS.get(method.needs.batch, ("image",))
+    return Batch(
+        tuple(str(i) for i in range(rows)),
+        (0,) * rows,
+        {name: torch.empty(rows, *shapes.latents) for name in names},
+        {"prompt": shapes.cond(rows)},
+        {name: torch.empty(rows) for name in method.needs.columns},
+        torch.empty(rows),
+        {
+            draw_key(tag, phase.name, 0): (torch.zeros(rows, dtype=torch.int64), torch.empty(rows, *shapes.latents))
+            for tag in method.needs.draws
+        },
+        {name: torch.empty(rows, 6) for name in names},
+    )
+
+
+def _calls(method: Method[Any], ctx: Context, phase: Phase, shapes: Shapes, rows: int) -> Tensor:
+    """A trained call of all samples and, where there is a reference, a call of it."""
+    rows *= 2 if method.needs.batch == "pair" else 1
+    x, t, cond = torch.empty(rows, *shapes.latents), torch.zeros(rows, dtype=torch.int64), shapes.cond(rows)
+    role = next((name for name in phase.trains if name in ctx.roles.networks), next(iter(ctx.roles.networks)))
+    error = ctx.model(role, x, t, cond).square().mean()
+    if method.needs.reference:
+        with torch.no_grad():
+            ctx.model("base", x, t, cond)
+    return error
+
+
+def simulate_forward(network: nn.Module, call: Callable[[], object], autocast: torch.dtype | None = None) -> Usage:
+    """The peak and work of a call of ``network`` on the meta device without gradients, such as a VAE's decoder."""
+    live = Live([*network.parameters(), *network.buffers()])
+    with torch.no_grad(), torch.device(META), live, CudaLike(autocast):
+        call()
+    return Usage(live.now, live.peak, live.flops, 0)

@@ -119,7 +119,7 @@ def _from_folder(root: Path, files: Sequence[Path], source: str) -> ItemSet:
         column = next((c for c in ("image", "file_name", "filename") if table and c in table[0][1]), None)
         prompts = read_prompts(source)
         if column is not None:
-            return _by_column(root, names, prompts, [row.get(column, "") for _, row in table], source)
+            return _by_column(root, names, prompts, [str(row.get(column, "")) for _, row in table], source)
     else:
         prompts = read_prompts(source)
     if len(prompts) == 1:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from .common import AsJson, app, print_rows
+import json
+from typing import Annotated
+
+import typer
+
+from .common import AsJson, app, out, print_rows
 
 
 @app.command()
@@ -30,9 +35,18 @@ def scorers(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def prompts(as_json: AsJson = False) -> None:
-    """The built-in prompt sets."""
-    from ..eval.prompts import builtin_sets, read_prompts
+def prompts(
+    source: Annotated[str | None, typer.Argument(help="A set or a prompt file: what it holds.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The built-in prompt sets; or one set or file: categories, counts and hash."""
+    from ..eval.prompts import builtin_sets, describe_set
 
-    rows = [{"name": name, "prompts": len(read_prompts(name))} for name in sorted(builtin_sets())]
-    print_rows(rows, ["name", "prompts"], as_json)
+    if source is not None:
+        found = describe_set(source)
+        print(json.dumps(found.json(), indent=1)) if as_json else found.render(out())
+        return
+    rows = [describe_set(name).json() for name in sorted(builtin_sets())]
+    if not as_json:
+        rows = [{**row, "categories": f"{len(row['categories'])} categories"} for row in rows]  # type: ignore[arg-type]
+    print_rows(rows, ["name", "prompts", "categories", "sha256"], as_json)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import UserError
+from ..facts import SamplingRecord
 from ..families import detect
 from ..families.base import DTYPE
 from ..families.folder import ModelFolder, fetch, hash_file
 from ..families.lora import find_lora, fuse_loras, load_lora
-from ..families.schedulers import make_scheduler
+from ..families.schedulers import make_scheduler, recorded_scheduler
 from ..recipe import ModelRecipe, read_yaml
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def open_pipeline(
     dtype: torch.dtype,
     revision: str | None = None,
     variant: str | None = None,
+    record: SamplingRecord | None = None,
 ) -> Opened:
     """A plain diffusers pipeline, ready to call.
 
@@ -67,6 +69,7 @@ def open_pipeline(
         model: folder, built-in name, hub id, or a run's folder.
         lora: a LoRA file, its folder or a run's folder; stays an adapter with weight ``lora_scale``.
         scheduler: short name (`families.schedulers`).
+        record: a few-step model's own scheduler, in the place of ``scheduler``.
 
     Raises:
         UserError: no such model or LoRA, damaged or unfitting weights.
@@ -83,7 +86,7 @@ def open_pipeline(
         load_lora(pipeline, file, ADAPTER)
         pipeline.set_adapters([ADAPTER], [lora_scale])
         hashes["lora"] = hash_file(file)
-    pipeline.scheduler = make_scheduler(scheduler, folder.scheduler)
+    pipeline.scheduler = recorded_scheduler(record) if record else make_scheduler(scheduler, folder.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return Opened(pipeline.to(device), family, recipe.path, str(lora) if lora else None, hashes)
 

@@ -22,12 +22,13 @@ from ..data.batch import Cond
 from ..errors import Interrupted, RunError, UserError
 from ..eval.progress import progress_bar
 from ..eval.prompts import Prompt, prompts_sha256
+from ..facts import SamplingRecord, recorded
 from ..families.base import Model
 from ..families.device import pick_device, pick_dtype
 from ..keyed import generator, normal
 from .grid import grid
 from .loading import Opened, open_pipeline
-from .spec import SampleSpec, recorded
+from .spec import RECORDED, SampleSpec
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -98,20 +99,23 @@ def sample(
         raise UserError("two prompts share one id; ids name the images, make them differ")
     device = pick_device(spec.device)
     dtype = pick_dtype(spec.dtype, device)
-    spec = spec.filled(recorded(spec.model, spec.lora))
+    record = recorded(spec.model, spec.lora)
+    spec = spec.filled(record)
     spec.check()
+    if spec.scheduler != RECORDED:
+        record = None
     opened = open_pipeline(
-        spec.model, spec.lora, spec.lora_scale, str(spec.scheduler), device, dtype, spec.revision, spec.variant
+        spec.model, spec.lora, spec.lora_scale, str(spec.scheduler), device, dtype, spec.revision, spec.variant, record
     )
     size = _size(spec, opened.pipeline)
     about = {"set": set_name, "count": len(prompts), "sha256": prompts_sha256(prompts)}
-    _claim(out, {**_settings(spec, opened, size, dtype), "prompts": about})
+    _claim(out, {**_settings(spec, opened, size, dtype, record), "prompts": about})
     draws = [(seed, draw) for seed in spec.seeds for draw in range(spec.per_prompt)]
     jobs = [Job(i, p, k, seed, draw) for i, p in enumerate(prompts) for k, (seed, draw) in enumerate(draws)]
     missing = {job.file for job in jobs if not _finished(out, job)}
     try:
         with progress_bar("sampling", len(missing), enabled=progress) as advance:
-            _run(spec, opened.pipeline, prompts, jobs, missing, size, out, advance)
+            _run(spec, opened.pipeline, prompts, jobs, missing, size, out, advance, record)
     except KeyboardInterrupt as error:
         done = _list(out, jobs)
         raise Interrupted(
@@ -136,12 +140,15 @@ def _run(
     size: tuple[int, int],
     out: Path,
     advance: Callable[[int], None],
+    record: SamplingRecord | None,
 ) -> None:
     """Batches and text groups are cut from the whole list, so that a resumed run computes what the first would have."""
     assert spec.guidance is not None
     text = TextCache(pipeline, [p.prompt for p in prompts], spec.negative_prompt, spec.guidance > 1)
     height, width = size
     factor = pipeline.vae_scale_factor
+    plain = {"num_inference_steps": spec.steps, "guidance_scale": spec.guidance}
+    options = record.call(spec.steps, spec.guidance) if record else plain
     shape = (pipeline.unet.config.in_channels, height // factor, width // factor)
     for batch in _chunks(jobs, spec.batch):
         wanted = [job for job in batch if job.file in missing]
@@ -152,10 +159,9 @@ def _run(
             **text.rows([job.index for job in batch]),
             latents=noise.to(pipeline.device, pipeline.unet.dtype),
             generator=[_step_noise(job) for job in batch],
-            num_inference_steps=spec.steps,
-            guidance_scale=spec.guidance,
             height=height,
             width=width,
+            **options,
         ).images
         for job, image in zip(batch, images, strict=True):
             if job.file in missing:
@@ -268,7 +274,9 @@ def _size(spec: SampleSpec, pipeline: DiffusionPipeline) -> tuple[int, int]:
     return size
 
 
-def _settings(spec: SampleSpec, opened: Opened, size: tuple[int, int], dtype: torch.dtype) -> dict[str, object]:
+def _settings(
+    spec: SampleSpec, opened: Opened, size: tuple[int, int], dtype: torch.dtype, record: SamplingRecord | None
+) -> dict[str, object]:
     """What decides the pixels: two folders with equal ``settings`` hold equal images under equal names."""
     settings = asdict(spec)
     for name in ("batch", "device", "per_prompt", "model", "lora", "revision", "variant"):
@@ -277,6 +285,8 @@ def _settings(spec: SampleSpec, opened: Opened, size: tuple[int, int], dtype: to
         settings["lora_scale"] = None
     settings.update(height=size[0], width=size[1], dtype=str(dtype).removeprefix("torch."))
     settings["hashes"] = opened.hashes
+    if record is not None:
+        settings["recorded"] = record.model_dump(mode="json")
     return {
         "model": opened.source,
         "lora": opened.lora,

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
 from ..errors import UserError
+from ..facts import SamplingRecord
 
 DEFAULTS: dict[str, Any] = {"steps": 25, "guidance": 7.5, "scheduler": "ddim"}
-RECORD = "diffalign.json"
+RECORDED = "recorded"  # the scheduler that a few-step model carries
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +44,8 @@ class Sampling:
         """UserError for a value out of range, before anything is loaded."""
         from ..families.schedulers import check_scheduler
 
-        if self.scheduler is not None:
-            check_scheduler(self.scheduler)
+        if self.scheduler not in {None, RECORDED}:
+            check_scheduler(str(self.scheduler))
         for name in ("steps", "per_prompt", "batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -63,9 +61,13 @@ class Sampling:
             if side is not None and (side < 8 or side % 8):
                 raise UserError(f"{name} {side} is not a positive multiple of 8")
 
-    def filled(self, record: Mapping[str, Any]) -> Self:
-        """With what is None taken from a model's record, then from the defaults."""
-        known = {name: record[name] for name in ("height", "width", *DEFAULTS) if record.get(name) is not None}
+    def filled(self, record: SamplingRecord | None) -> Self:
+        """With what is None taken from the model's record, then from the defaults.
+
+        Raises UserError when the recorded scheduler is asked for and there is none."""
+        if self.scheduler == RECORDED and record is None:
+            raise UserError("the model carries no scheduler of its own; choose one, such as --scheduler ddim")
+        known = {"steps": record.steps, "guidance": record.guidance, "scheduler": RECORDED} if record else {}
         return replace(self, **{n: v for n, v in {**DEFAULTS, **known}.items() if getattr(self, n) is None})
 
 
@@ -92,25 +94,3 @@ def parse_seeds(text: str) -> int | tuple[int, ...]:
     if not seeds:
         raise UserError(f"seed '{text}' is not a number, or several as 0,1,2")
     return seeds[0] if len(seeds) == 1 else seeds
-
-
-def recorded(model: str, lora: str | None) -> dict[str, Any]:
-    """How the model (or the LoRA on it) says it is to be sampled: ``sampling`` in its ``diffalign.json``; empty when
-    it says nothing. Both may be a run's folder.
-
-    Raises UserError for a record that cannot be read."""
-    for source in (lora, model):
-        place = Path(source).expanduser() if source else None
-        if place is None:
-            continue
-        for folder in (place, place / "model", place.parent if place.is_file() else place):
-            file = folder / RECORD
-            if not file.is_file():
-                continue
-            try:
-                found = json.loads(file.read_text(encoding="utf-8")).get("sampling")
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"'{file}' is no record of a model ({error}); remove it") from error
-            if isinstance(found, dict):
-                return found
-    return {}

@@ -1,11 +1,21 @@
-"""Existing LoRA files: found, checked against the network, fused into a pipeline."""
+"""Existing LoRA files: found, checked against the network, read, fused into a pipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
 from ..errors import UserError
 from ..recipe import LoraFile
@@ -101,3 +111,110 @@ def fuse_loras(pipeline: DiffusionPipeline, files: Sequence[LoraFile]) -> list[s
         pipeline.unload_lora_weights()
         fused.append(f"{hash_file(file)}*{lora.scale:g}")
     return fused
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """A U-Net's LoRA: ``state`` under peft's names (``<layer>.lora_A.weight``), ``config`` its rank, alpha and layers.
+
+    ``others``: networks beside the U-Net that the file changes too; ``header``: the file's own text entries."""
+
+    state: dict[str, Tensor]
+    config: LoraConfig
+    others: tuple[str, ...] = ()
+    header: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def layers(self) -> list[str]:
+        """Names of the layers, in the order of the file."""
+        return [name.removesuffix(".lora_A.weight") for name in self.state if name.endswith(".lora_A.weight")]
+
+    def down(self, layer: str) -> Tensor:
+        """A: (rank, in), or (rank, in, k, k) of a convolution."""
+        return self.state[f"{layer}.lora_A.weight"]
+
+    def up(self, layer: str) -> Tensor:
+        """B: (out, rank), or (out, rank, 1, 1)."""
+        return self.state[f"{layer}.lora_B.weight"]
+
+    @property
+    def dora(self) -> bool:
+        """Whether it rescales the weights' norms too."""
+        return self.config.use_dora
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """Rank of each layer."""
+        return {layer: self.down(layer).shape[0] for layer in self.layers}
+
+    @cached_property
+    def alphas(self) -> dict[str, float]:
+        """Alpha of each layer, such that W' = W + alpha / rank * B A; the square root of rsLoRA is folded in."""
+        pattern = self.config.alpha_pattern or {}
+        found = {}
+        for layer in self.layers:
+            alpha = float(pattern.get(get_pattern_key(list(pattern), layer), self.config.lora_alpha))
+            found[layer] = alpha * (self.ranks[layer] ** 0.5 if self.config.use_rslora else 1.0)
+        return found
+
+
+def read_lora(file: Path, unet: nn.Module) -> LoraWeights:
+    """A LoRA file in any layout that diffusers reads (its own, peft's, kohya's).
+
+    Args:
+        unet: the network it is for; on the meta device it is enough.
+
+    Raises UserError when the file is damaged, holds no LoRA of a U-Net, or was made for another network."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            names = list(opened.keys())
+        state, alphas, metadata = StableDiffusionLoraLoaderMixin.lora_state_dict(
+            str(file), unet_config=unet.config, use_safetensors=True, return_lora_metadata=True
+        )
+        mine = convert_unet_state_dict_to_peft(_of_unet(state))
+        alphas = convert_unet_state_dict_to_peft(_of_unet(alphas or {}))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"LoRA '{file}' cannot be read: {reason}") from error
+    if any("dora_scale" in name for name in names):
+        raise UserError(f"LoRA '{file}' is a DoRA in kohya's layout, which diffusers cannot read; give another")
+    shapes = {name.replace(".base_layer", ""): tensor.shape for name, tensor in unet.state_dict().items()}
+    for name, tensor in mine.items():
+        layer, _, part = name.partition(".lora_")
+        weight = shapes.get(f"{layer}.weight")
+        axis = {"A.weight": 1, "B.weight": 0}.get(part)
+        if weight is None or (axis is not None and tensor.shape[axis] != weight[axis]):
+            raise UserError(f"LoRA '{file}' is for another network: its layer {layer} does not fit this U-Net")
+        if axis is None and part != "magnitude_vector.weight" and part != "magnitude_vector":
+            raise UserError(f"LoRA '{file}' has a part that is not read: {name}")
+    if not mine:
+        raise UserError(f"'{file}' holds no LoRA of a U-Net; give the file that a run wrote into its model/")
+    others = tuple(sorted({name.partition(".")[0] for name in state if not name.startswith("unet.")}))
+    settings = {key.removeprefix("unet."): value for key, value in (metadata or {}).items() if key.startswith("unet.")}
+    try:
+        config = LoraConfig(**settings) if settings else _config(mine, alphas)
+    except TypeError as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"LoRA '{file}' says of itself what this peft does not know: {reason}") from error
+    return LoraWeights(mine, config, others, header)
+
+
+def _of_unet(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {name.removeprefix("unet."): value for name, value in state.items() if name.startswith("unet.")}
+
+
+def _config(state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> LoraConfig:
+    """Rank and alpha from a file without a header: alpha is the rank where none is given."""
+    ranks = {n.partition(".lora_")[0]: t.shape[0] for n, t in state.items() if n.endswith(".lora_A.weight")}
+    given = {name.removesuffix(".alpha").partition(".lora_")[0]: float(value) for name, value in alphas.items()}
+    scales = {layer: given.get(layer, float(rank)) for layer, rank in ranks.items()}
+    rank, alpha = (Counter(values).most_common(1)[0][0] for values in (ranks.values(), scales.values()))
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(ranks),
+        rank_pattern={f"^{layer}": r for layer, r in ranks.items() if r != rank},
+        alpha_pattern={f"^{layer}": a for layer, a in scales.items() if a != alpha},
+        use_dora=any("lora_magnitude_vector" in name for name in state),
+    )

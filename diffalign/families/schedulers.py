@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError, nearest
+from ..facts import SamplingRecord
 
 CLASSES = {
     "ddim": "DDIMScheduler",
@@ -41,3 +43,16 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     plain = {key: value for key, value in config.items() if key != "_class_name"}
     options = {"clip_sample": False} if "clip_sample" in kind().config else {}
     return kind.from_config(plain, **options)
+
+
+def recorded_scheduler(record: SamplingRecord) -> Any:
+    """The scheduler that a few-step model carries.
+
+    Raises UserError when diffusers lacks it, or it cannot take the recorded times."""
+    made = make_scheduler("default", record.scheduler_config())
+    if record.timesteps is not None and "timesteps" not in inspect.signature(made.set_timesteps).parameters:
+        raise UserError(
+            f"the model's record asks {record.scheduler} for given timesteps, which it cannot take; "
+            "set --scheduler and --steps by hand"
+        )
+    return made

@@ -1,0 +1,147 @@
+"""What is known of weights, kept beside them in diffalign.json: origin, training, and how they want to be sampled.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UserError
+
+FACTS = "diffalign.json"  # what is known of weights, beside them
+Json = dict[str, Any]  # a JSON object
+RENOISING = {"LCMScheduler"}  # these draw new noise at every step, whatever eta says
+
+
+class SamplingRecord(BaseModel):
+    """The sampler that a few-step model was made for. A many-step model has none: it is sampled as its base is.
+
+    ``scheduler`` is a class of diffusers and ``config`` its scheduler_config. ``timesteps``, where given, are the exact
+    times, in [0, num_train_timesteps) and falling; else the scheduler chooses them for ``steps``. ``guidance`` as in
+    diffusers: 1 or less means none. ``eta`` is the share of new noise of schedulers that take it (DDIM, TCD).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    scheduler: Annotated[str, Field(pattern=r"^\w+Scheduler$")]
+    config: Json
+    steps: Annotated[int, Field(gt=0)]
+    guidance: Annotated[float, Field(ge=0)] = 1.0
+    timesteps: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _fits(self) -> SamplingRecord:
+        if self.timesteps is not None:
+            if len(self.timesteps) != self.steps:
+                raise ValueError(f"{len(self.timesteps)} timesteps for {self.steps} steps")
+            if any(a <= b for a, b in zip(self.timesteps, self.timesteps[1:], strict=False)):
+                raise ValueError("timesteps must fall")
+            if self.timesteps[0] >= self.config.get("num_train_timesteps", 1000):
+                raise ValueError(f"timestep {self.timesteps[0]} is beyond the scheduler's range")
+        return self
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether a step adds no new noise."""
+        return self.scheduler not in RENOISING and self.eta == 0
+
+    def scheduler_config(self) -> Json:
+        """The contents of a scheduler_config.json."""
+        return {**self.config, "_class_name": self.scheduler}
+
+    def call(self, steps: int | None = None, guidance: float | None = None) -> Json:
+        """Keyword arguments of a diffusers pipeline beside the prompt; with other ``steps`` the times are not these."""
+        options: Json = {
+            "num_inference_steps": steps or self.steps,
+            "guidance_scale": self.guidance if guidance is None else guidance,
+        }
+        if self.timesteps is not None and steps in (None, self.steps):
+            options["timesteps"] = list(self.timesteps)
+        if self.eta:
+            options["eta"] = self.eta
+        return options
+
+    def summary(self) -> str:
+        """In a line, for people."""
+        times = f" at {', '.join(map(str, self.timesteps))}" if self.timesteps else ""
+        noise = "deterministic" if self.deterministic else "new noise at every step"
+        return f"{self.scheduler}, {self.steps} steps{times}, guidance {self.guidance:g}, {noise}"
+
+
+class Facts(BaseModel):
+    """diffalign.json. What an older or foreign file does not say is None or empty.
+
+    ``kind``: a LoRA, or a whole pipeline. ``base`` is the model's path or hub id; ``scheduler`` the class of the base's
+    own scheduler; ``rows`` what it was trained on, ``prompt`` one of them; ``heldout`` the last held-out numbers;
+    ``data`` a hash of the data; ``export`` the format of a copy that `diffalign export` wrote."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    format: int = 2
+    name: str = "model"
+    description: str = ""
+    kind: Literal["lora", "pipeline"] = "lora"
+    family: str | None = None
+    base: str | None = None
+    method: str | None = None
+    paper: dict[str, str] = Field(default_factory=dict)
+    step: int | None = None
+    rows: int | None = None
+    prompt: str | None = None
+    heldout: dict[str, float] = Field(default_factory=dict)
+    data: str | None = None
+    scheduler: str | None = None
+    sampling: SamplingRecord | None = None
+    export: str | None = None
+    recipe: Json = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("format", 2) == 1:  # it kept the sample grids' settings as "sampling"
+            given = data.get("sampling")
+            kept = {"scheduler": given.get("scheduler")} if isinstance(given, dict) else {}
+            return {**{k: v for k, v in data.items() if k != "sampling"}, **kept}
+        return data
+
+    def text(self) -> str:
+        """The contents of the file."""
+        return self.model_dump_json(indent=1) + "\n"
+
+
+def read_facts(folder: Path) -> Facts | None:
+    """What diffalign.json in a folder says; None where there is none.
+
+    Raises UserError when it is damaged."""
+    file = folder / FACTS
+    if not file.is_file():
+        return None
+    try:
+        return Facts.model_validate(json.loads(file.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        reason = f"{'.'.join(map(str, fault['loc']))}: {fault['msg'].removeprefix('Value error, ')}".lstrip(": ")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+    raise UserError(f"'{file}' is damaged ({reason}); restore or delete it")
+
+
+def recorded(model: str, lora: str | None = None) -> SamplingRecord | None:
+    """The sampler of a LoRA (file, folder or run's folder), else of a model (folder or run's folder); None without one.
+
+    Raises UserError when a diffalign.json is damaged."""
+    for text in (lora, model):
+        place = Path(text).expanduser() if text else None
+        if place is None or not place.exists():
+            continue
+        for folder in (place.parent,) if place.is_file() else (place, place / "model"):
+            facts = read_facts(folder)
+            if facts is not None and facts.sampling is not None:
+                return facts.sampling
+    return None

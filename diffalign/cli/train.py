@@ -16,6 +16,9 @@ def train(
     recipe: Recipe,
     overrides: Overrides = None,
     plan: Annotated[bool, typer.Option("--plan", help="Show what would happen; train nothing.")] = False,
+    suggest_beta: Annotated[
+        bool, typer.Option("--suggest-beta", help="Probe how large the logits get, name a beta; train nothing.")
+    ] = False,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint or run folder.")] = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -29,6 +32,13 @@ def train(
 
         found = make_plan(loaded)
         print(json.dumps(found.json(), indent=1)) if as_json else found.render(out())
+        return
+    if suggest_beta:
+        from ..beta import suggest_beta as suggest
+        from ..console import Console
+
+        advice = suggest(loaded, Console(not quiet and is_main()).say)
+        print(json.dumps(advice.json(), indent=1)) if as_json else advice.render(out())
         return
     from ..run import describe
     from ..run import train as run_recipe

@@ -101,10 +101,14 @@ class PairMethod(Method[P], Generic[P]):
         """(loss (B,), implicit preference logit (B,))."""
         raise TypeError(f"{type(self).__name__} defines no objective")
 
+    def scale(self, ctx: Context, t: Tensor) -> Tensor | float:
+        """What the network's own errors are multiplied by; offline sheet 0.12 makes those of v, x0 or flow ones of the
+        noise."""
+        return ctx.denoiser.eps_error_scale(t) if self.config.error_space == "epsilon" else 1.0
+
     def errors(self, ctx: Context, noised: Noised) -> PairErrors:
         """Student's (with gradient) and base's errors, measured where ``error_space`` says."""
-        # offline sheet 0.12: what makes an error of v, x0 or flow one of the noise
-        scale = ctx.denoiser.eps_error_scale(noised.t) if self.config.error_space == "epsilon" else 1.0
+        scale = self.scale(ctx, noised.t)
         residual = ctx.model("student", noised.x_t, noised.t, noised.cond) - noised.target.float()
         chosen, rejected = (residual.square().mean((1, 2, 3)) * scale).chunk(2)
         if self.config.safeguard is not None:

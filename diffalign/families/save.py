@@ -15,8 +15,10 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..facts import SamplingRecord
 from .base import Model
 from .lora import NAME
+from .schedulers import recorded_scheduler
 
 # diffusers reads a LoRA's rank, alpha and layers from this header entry, as LoraConfig arguments under "unet.".
 HEADER = "lora_adapter_metadata"
@@ -77,7 +79,7 @@ def merge_lora(unet: nn.Module, state: Mapping[str, Tensor], config: LoraConfig)
     """The U-Net's weights with one adapter added, in fp32 on the CPU; the U-Net is not touched.
 
     W + scale * B A for linear layers, and the same for convolutions, with A (rank, in, k, k) and B (out, rank, 1, 1);
-    scale = alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+    scale = alpha / rank, or alpha / sqrt(rank) with rsLoRA. Adapters as a run makes them: one rank, no DoRA."""
     merged = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in plain_state(unet).items()}
     for name, down in state.items():
         layer, found, _ = name.partition(".lora_A.weight")
@@ -97,6 +99,7 @@ def save_merged(
     unet: nn.Module | None = None,
     lora: tuple[Mapping[str, Tensor], LoraConfig] | None = None,
     dtype: torch.dtype = torch.float32,
+    record: SamplingRecord | None = None,
 ) -> Path:
     """Writes a whole pipeline folder that plain ``from_pretrained`` opens; the live networks are not touched.
 
@@ -105,6 +108,7 @@ def save_merged(
         lora: an adapter to add to it (state and config as for `save_lora`).
         folder: is made; model_index.json comes last, so a torn export is no model.
         dtype: of the stored weights. fp32 keeps a small change of the weights; bf16 may round it away.
+        record: the sampler of a few-step model, whose scheduler takes the place of the base's.
     """
     source = model.unet if unet is None else unet
     state = merge_lora(source, *lora) if lora else plain_state(source)
@@ -116,6 +120,8 @@ def save_merged(
         for name, part in model.parts().items()
     }
     pipeline = model.assemble(unet=network, **parts)
+    if record is not None:
+        pipeline.register_modules(scheduler=recorded_scheduler(record))
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)

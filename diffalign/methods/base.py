@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from pydantic import ConfigDict
@@ -15,6 +15,7 @@ from ..recipe import Section
 if TYPE_CHECKING:
     from ..context import Context
     from ..data.batch import Batch
+    from ..facts import SamplingRecord
     from ..families.base import Model
 
 Stats = dict[str, Tensor]
@@ -115,6 +116,10 @@ class Method(Generic[C]):
     def collect(self, ctx: Context, prompts: Batch) -> Batch:
         """Online methods: rollouts for a batch of prompts, without gradients."""
         raise TypeError(f"{type(self).__name__} collects no rollouts")
+
+    def sampling(self, scheduler: Mapping[str, Any]) -> SamplingRecord | None:
+        """How a few-step student is to be sampled, from the base's scheduler config; None: as the base is."""
+        return None
 
     def prepare(self, ctx: Context, rows: Batch) -> Columns:
         """Extra columns (B,) that the cache keeps; runs once, without gradients."""

@@ -54,9 +54,7 @@ class Parts:
     def data_fingerprint(self) -> str:
         """Hash of what is trained on: the rows in order (id, prompt, pictures) and the cache's fingerprint."""
         digest = hashlib.sha256(self.cache.fingerprint.encode())
-        for row in self.rows:
-            pictures = " ".join(ref.content_hash() for ref in row.images.values())
-            digest.update(f"\n{row.id} {pictures} {row.prompt}".encode())
+        self.cache.rows.update_hash(digest)
         return digest.hexdigest()[:16]
 
 
@@ -107,10 +105,12 @@ def lora_config(model: Model, recipe: Recipe) -> LoraConfig | None:
 
 
 def load_base(recipe: Recipe, device: torch.device) -> tuple[Model, torch.dtype]:
-    """The base model and the dtype of its frozen U-Net. Full copies are made from fp32 weights, before any rounding."""
+    """The base model, its U-Net not yet on the device, and the dtype of the frozen U-Net.
+
+    Full copies are made from fp32 weights, before any rounding."""
     dtype = pick_dtype(recipe.model.dtype, device)
     copies = recipe.model.storage == "copies"
-    return load_model(recipe.model, device, torch.float32 if copies else dtype), dtype
+    return load_model(recipe.model, device, torch.float32 if copies else dtype, place=False), dtype
 
 
 def build_roles(model: Model, method: Method[Any], recipe: Recipe, dtype: torch.dtype) -> Roles:
@@ -182,7 +182,8 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     uncond = cache.uncond
     if recipe.data.cache:
         model.release_encoders()
-    training, held = split_heldout([row.id for row in rows], recipe.validate_.pairs, recipe.train.seed)
+    model.place_unet()
+    training, held = split_heldout(cache.ids, recipe.validate_.pairs, recipe.train.seed)
     period = recipe.data.reference_errors
     source = Source(cache, training, recipe.train.seed, uncond, recipe.data.caption_dropout, period)
     heldout = Source(cache, held, recipe.train.seed, uncond) if held else None

@@ -22,6 +22,7 @@ from .folder import ModelFolder
 from .lora import fuse_loras
 from .schedulers import make_scheduler
 from .targets import lora_targets
+from .text import overflow
 
 if TYPE_CHECKING:
     from ..denoiser import Denoiser
@@ -30,12 +31,17 @@ if TYPE_CHECKING:
 # diffusers renamed the argument as transformers had done before.
 DTYPE = "dtype" if version.parse(diffusers.__version__) >= version.parse("0.42") else "torch_dtype"
 
+PIXELS = 1 << 20  # that pass through the VAE together
+
 
 class Model:
     """A frozen base: U-Net in ``dtype``, VAE and text encoder in fp32, all on ``device``, in eval mode.
 
-    VAE and text encoder stay fp32 because their outputs are cached once and used thousands of times.
+    VAE and text encoder stay fp32 because their outputs are cached once and used thousands of times; ``model.vae_dtype``
+    lowers the VAE. ``zero_uncond``: the unconditional branch is zeros, not the encoded empty prompt.
     """
+
+    zero_uncond: bool = False
 
     family: ClassVar[str]
     pipeline_class: ClassVar[type[DiffusionPipeline]]
@@ -59,6 +65,7 @@ class Model:
         self.scheduler_config: dict[str, Any] = dict(folder.scheduler)
         self.device = device
         self.dtype = dtype
+        self.offload = False  # encoders are on the device one kind at a time
         self.fused: list[str] = []  # hash and scale of each LoRA fused into this base
         self._uncond: Cond | None = None
         for module in (unet, vae, text_encoder):
@@ -84,11 +91,12 @@ class Model:
 
     def token_overflow(self, prompts: Sequence[str]) -> list[int]:
         """Tokens that each prompt loses to the encoder's limit (77 with start and end for CLIP); 0 = it fits."""
-        if not prompts:
-            return []
-        limit = self.tokenizer.model_max_length
-        ids = self.tokenizer(list(prompts), padding=False, truncation=False, verbose=False)["input_ids"]
-        return [max(0, len(row) - limit) for row in ids]
+        return overflow(self.tokenizer, prompts)
+
+    def sized(self, cond: Cond, height: int, width: int) -> Cond:
+        """The conditioning for whole pictures of this size in pixels, as the pipeline tells it; SDXL alone takes it."""
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32, device=cond.embeds.device)
+        return cond.sized(sizes.expand(len(cond), -1))
 
     # -- latents ------------------------------------------------------------------------------------------------------
 
@@ -109,29 +117,35 @@ class Model:
                 raise UserError(f"{name} {side} is not a multiple of {self.factor}, the VAE's factor")
         return height // self.factor, width // self.factor
 
+    @staticmethod
+    def at_once(height: int, width: int) -> int:
+        """Pictures of this size that pass through the VAE together: its memory grows with pixels (3 GiB in fp32 to
+        decode one of 1024 x 1024)."""
+        return max(1, PIXELS // (height * width))
+
     @torch.no_grad()
     def encode_images(self, pixels: Tensor, batch: int = 8) -> tuple[Tensor, Tensor]:
         """Pixels (B, 3, H, W) in [-1, 1] -> mean and std (B, C, h, w) of the posterior in scaled latents, fp32.
 
         The scaled latent z has z = (encoder output - shift) * scaling_factor; a sample is mean + std * normal."""
         self.latent_size(pixels.shape[-2], pixels.shape[-1])
-        self.ensure_encoders()
+        self.ensure_encoders(self.vae)
         scale, shift = self._scaling()
         means, stds = [], []
-        for part in pixels.split(batch):
-            posterior = self.vae.encode(part.to(self.device, torch.float32)).latent_dist
-            means.append((posterior.mean - shift) * scale)
-            stds.append(posterior.std * scale)
+        for part in pixels.split(min(batch, self.at_once(*pixels.shape[-2:]))):
+            posterior = self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist
+            means.append((posterior.mean.float() - shift) * scale)
+            stds.append(posterior.std.float() * scale)
         return torch.cat(means), torch.cat(stds)
 
     @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 8) -> Tensor:
         """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) clamped to [-1, 1], fp32."""
-        self.ensure_encoders()
+        self.ensure_encoders(self.vae)
         scale, shift = self._scaling()
         parts = [
-            self.vae.decode(part.to(self.device, torch.float32) / scale + shift).sample.clamp(-1, 1)
-            for part in latents.split(batch)
+            self.vae.decode((part.to(self.device) / scale + shift).to(self.vae.dtype)).sample.float().clamp(-1, 1)
+            for part in latents.split(min(batch, self.at_once(*(side * self.factor for side in latents.shape[-2:]))))
         ]
         return torch.cat(parts)
 
@@ -175,6 +189,10 @@ class Model:
         for module in (self.unet, *self.encoders()):
             module.requires_grad_(False)
 
+    def place_unet(self) -> None:
+        """The U-Net goes to the device; a quantised one is quantised there."""
+        nn.Module.to(self.unet, self.device)
+
     # -- housekeeping -------------------------------------------------------------------------------------------------
 
     def encoders(self) -> tuple[nn.Module, ...]:
@@ -188,9 +206,16 @@ class Model:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def ensure_encoders(self) -> None:
-        """VAE and text encoder are on the device; encoding and decoding call this themselves."""
-        for module in self.encoders():
+    def ensure_encoders(self, *wanted: nn.Module) -> None:
+        """VAE and text encoders, or those that are wanted, are on the device; encoding and decoding ask for theirs.
+
+        With ``offload`` only the wanted ones are, and the others leave first."""
+        chosen = wanted or (() if self.offload else self.encoders())
+        if self.offload and self.device.type != "cpu":
+            for module in self.encoders():
+                if all(module is not other for other in chosen):
+                    module.to("cpu")
+        for module in chosen:
             if next(module.parameters()).device.type != self.device.type:
                 module.to(self.device)
 
@@ -233,6 +258,13 @@ class Model:
         return nn.Module.to(copy.deepcopy(part), self.dtype)
 
 
+def require_parts(folder: ModelFolder, names: Sequence[str]) -> None:
+    """UserError when a component of a family is not in the folder."""
+    for component in names:
+        if component not in folder.components() or not folder.part(component).is_dir():
+            raise UserError(f"model '{folder.source}' lacks its {component}/; download the whole folder")
+
+
 def load_part(kind: type[Any], folder: ModelFolder, component: str, dtype: torch.dtype) -> Any:
     """One network of a model folder, on the CPU in ``dtype``, through its own ``from_pretrained``.
 
@@ -244,7 +276,7 @@ def load_part(kind: type[Any], folder: ModelFolder, component: str, dtype: torch
     disable_progress_bar()
     try:
         module, info = kind.from_pretrained(
-            str(folder.path / component),
+            str(folder.part(component)),
             **{DTYPE if issubclass(kind, ModelMixin) else "dtype": dtype},
             variant=weights.variant,
             use_safetensors=weights.safetensors,

@@ -1,7 +1,7 @@
 """The real networks by family, from their published configs: what plans, name maps and offline checks are made of.
 
 No weights and no download: ``meta_network`` builds the modules without memory. Imports no torch until asked for one.
-Configs as the hub's ``config.json`` of each base model has them (from memory; the published parameter counts are held by
+Configs as the ``config.json`` of each base model has them (from memory; the published parameter counts are held by
 tests).
 """
 

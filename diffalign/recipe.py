@@ -6,7 +6,7 @@ import json
 from importlib import resources
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
@@ -28,7 +28,8 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and kind is not bool and bool not in get_args(kind):
             raise ValueError("true and false are no value here")
         return value
 
@@ -54,7 +55,10 @@ class ModelRecipe(Section):
     """Which weights, and how they are held."""
 
     path: str
-    family: Literal["auto", "sd1"] = "auto"
+    family: Literal["auto", "sd1", "sd2", "sdxl"] = "auto"
+    config: str | None = None
+    vae: str | None = None
+    vae_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     revision: str | None = None
     variant: str | None = None
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -77,6 +81,7 @@ class DataRecipe(Section):
     split: str = "train"
     streaming: bool = False
     resolution: Positive | None = None
+    buckets: bool | list[tuple[Positive, Positive]] = False
     crop: Literal["center", "random"] = "center"
     flip: bool = False
     alpha: Literal["white", "black", "drop"] = "white"
@@ -90,6 +95,7 @@ class DataRecipe(Section):
     caption_dropout: Fraction = 0.0
     cache: bool = True
     cache_dir: str | None = None
+    latents: Literal["fp32", "fp16"] = "fp32"
     posterior: Literal["mean", "sample"] = "mean"
     encode_batch: Positive = 8
     reference_errors: Positive | None = None

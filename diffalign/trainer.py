@@ -104,8 +104,8 @@ class Trainer:
         indices, visits = self.source.share(draw, self.recipe.batch, self.rank, self.world)
         users = [slot for slot in self.slots if slot.fresh == draw % self.fresh]
         parts = []
-        for start in range(0, len(indices), self.micro):
-            batch = self.source.load(indices[start : start + self.micro], visits[start : start + self.micro])
+        for rows, times in self.source.cut(indices, visits, self.micro):
+            batch = self.source.load(rows, times)
             shape = next(iter(batch.latents.values())).shape[1:]
             for slot in users:
                 for tag in self.method.needs.draws:

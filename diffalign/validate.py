@@ -41,8 +41,8 @@ def heldout_metrics(trainer: Trainer, heldout: Source, recipe: ValidateRecipe) -
     ctx.phase, ctx.repeat = PHASE, 0
     with torch.no_grad(), averaged(trainer):
         for draw in range(recipe.draws):
-            cuts = [mine[start : start + trainer.micro] for start in range(0, len(mine), trainer.micro)]
-            parts = [heldout.load(rows, [draw] * len(rows)) for rows in cuts]
+            cuts = heldout.cut(mine, [draw] * len(mine), trainer.micro)
+            parts = [heldout.load(rows, visits) for rows, visits in cuts]
             for part in parts if padding else ():
                 part.weight.zero_()
             ctx.stats = trainer.statistics(parts)

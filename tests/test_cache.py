@@ -307,11 +307,11 @@ def test_plain_pictures(folder: Path, model: Model, tmp_path: Path) -> None:
 CHILD = """
 import sys, torch
 from diffalign.data.cache import open_cache
-from diffalign.data import cache, store
+from diffalign.data import fill
 from diffalign.data.readers import read_pairs
 from diffalign.families import load_model
 from diffalign.recipe import DataRecipe, ModelRecipe
-cache.rows_per_shard = lambda n: 4
+fill.rows_per_shard = lambda n: 4
 model = load_model(ModelRecipe(path=sys.argv[1]), torch.device("cpu"), torch.float32)
 data = DataRecipe(path=sys.argv[2], encode_batch=4)
 open_cache(read_pairs(data).rows, model, data, __import__("pathlib").Path(sys.argv[3]))
@@ -383,7 +383,7 @@ def test_plan_states_bytes_and_stops(
     assert cache_plan(rows, model, data, tmp_path / "c").missing_bytes == 0
     more = cache_plan(rows, model, recipe(folder, flip=True), tmp_path / "c")
     assert 0 < more.missing_bytes < more.bytes
-    from diffalign.data import cache as module
+    from diffalign.data import fill as module
 
     monkeypatch.setattr(module, "free_bytes", lambda folder: 1000)
     with pytest.raises(UserError, match=r"disk too small for the cache in .* bytes needed, 1,000 free") as error:

@@ -191,7 +191,7 @@ def test_a_cache_of_other_weights_is_refused(tiny_model_folder: Path, pairs: Pat
 
 
 def test_a_disk_too_small_for_the_cache(tiny_model_folder: Path, pairs: Path, tmp_path: Path) -> None:
-    small = "import diffalign.data.cache as cache; cache.free_bytes = lambda folder: 1000"
+    small = "import diffalign.data.fill as fill; fill.free_bytes = lambda folder: 1000"
     args = settings(tiny_model_folder, pairs, tmp_path / "run")
     for command in (["train", *args, "--quiet"], ["train", *args, "--plan"], ["cache", *args, "--quiet"]):
         done = diffalign(*command, code=small)

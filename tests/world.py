@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig
@@ -31,6 +32,7 @@ class Rows:
     def __init__(self, n: int = 12, seed: int = 3, kind: str = "pair") -> None:
         self.kind = kind
         self.ids = [f"row-{i}" for i in range(n)]
+        self.places = np.zeros(n, np.uint16)
         self.chosen = keyed.normal((n, 4, 8, 8), seed, "chosen")
         self.rejected = keyed.normal((n, 4, 8, 8), seed, "rejected")
         self.embeds = keyed.normal((n, TOKENS, WIDTH), seed, "text")

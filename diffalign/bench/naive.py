@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch, Cond
 from ..data.cache import LatentCache
-from ..data.encode import Job, picture_job, ready
+from ..data.encode import Job, ready, row_jobs
 from ..data.source import Source
 from ..families import compile_unet
 from ..roles import BASE, Roles
@@ -34,9 +34,9 @@ class EncodingCache(LatentCache):
         """Pixels of these rows into memory, in place of those before."""
         self.decoded.clear()
         for i, visit in zip(indices, visits, strict=True):
-            for ref in self.rows[i].images.values():
-                job = picture_job(ref, self.ids[i], self.recipe, self.flipped(i, visit, seed))
-                found = ready(job, self.recipe, self.resolution)
+            flipped = self.flipped(i, visit, seed)
+            for job in row_jobs(self.rows[i], self.recipe, self.buckets, flipped).values():
+                found = ready(job, self.recipe)
                 self.decoded[job.key] = found.pixels, torch.tensor([*found.original, *found.corner], dtype=torch.int32)
 
     def _pictures(self, jobs: Sequence[Job]) -> dict[str, dict[str, Tensor]]:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import RunError, UserError
 from ..recipe import DataRecipe
 from .batch import Cond
+from .buckets import Buckets
 from .images import ImageError, Prepared, load_image, prepare
-from .rows import ImageRef, digest_of
+from .keyindex import key_array
+from .rows import ImageRef, ImageRow, PairRow, digest_of
+from .rowtable import ImageRows, PairRows
 from .scan import workers
 
 if TYPE_CHECKING:
@@ -24,25 +28,81 @@ if TYPE_CHECKING:
 
 Piece = tuple[list[str], dict[str, Tensor]]
 PROMPT_BATCH = 64
+WINDOW = 16  # batches among which pictures are sorted by their bucket
 A = TypeVar("A")
 B = TypeVar("B")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to encode under ``key``; ``crop_key`` is the sample's id where crops are random."""
+    """One picture to encode under ``key`` at ``size`` (height, width); ``crop_key`` is the sample's id where crops are
+    random."""
 
     key: str
     ref: ImageRef
-    crop_key: str
+    size: tuple[int, int]
+    crop_key: str = ""
     mirrored: bool = False
 
 
-def picture_job(ref: ImageRef, sample: str, recipe: DataRecipe, mirrored: bool = False) -> Job:
-    """The key holds the picture's content, the sample where the crop depends on it, and the orientation."""
-    crop_key = sample if recipe.crop == "random" else ""
-    crop = f".{digest_of(crop_key.encode())[:16]}" if crop_key else ""
-    return Job(f"{ref.content_hash()}{crop}{'.m' if mirrored else ''}", ref, crop_key, mirrored)
+def _key(digest: str, size: tuple[int, int], sample: str, recipe: DataRecipe, mirrored: bool) -> str:
+    """The picture's content, its bucket, the sample where the crop depends on it, and the orientation."""
+    bucket = f".{size[0]}x{size[1]}" if recipe.buckets else ""
+    crop = f".{digest_of(sample.encode())[:16]}" if recipe.crop == "random" else ""
+    return f"{digest}{bucket}{crop}{'.m' if mirrored else ''}"
+
+
+def picture_job(
+    ref: ImageRef, sample: str, recipe: DataRecipe, size: tuple[int, int] = (0, 0), mirrored: bool = False
+) -> Job:
+    """What to do for one picture of a sample."""
+    key = _key(ref.content_hash(), size, sample, recipe, mirrored)
+    return Job(key, ref, size, sample if recipe.crop == "random" else "", mirrored)
+
+
+def row_jobs(row: PairRow | ImageRow, recipe: DataRecipe, buckets: Buckets, mirrored: bool = False) -> dict[str, Job]:
+    """The pictures of a row by name, all in the bucket of the first (a pair's winner)."""
+    size = next(iter(row.images.values())).size or (1, 1)
+    target = buckets.of(size)
+    return {name: picture_job(ref, row.id, recipe, target, mirrored) for name, ref in row.images.items()}
+
+
+def orientations(recipe: DataRecipe) -> tuple[bool, ...]:
+    """Whether mirrored: once, or both ways with ``data.flip``."""
+    return (False, True) if recipe.flip else (False,)
+
+
+def picture_keys(rows: PairRows | ImageRows, recipe: DataRecipe, buckets: Buckets) -> np.ndarray:
+    """(n, 2) uint64: the keys of every row's pictures, by row, side and orientation."""
+    digests = np.stack([rows.digests(side) for side in rows.sides], 1)
+    if not recipe.buckets and recipe.crop == "center" and not recipe.flip:
+        return digests.reshape(-1, 2)
+    places = buckets.assign(rows.sizes(rows.sides[0]))
+
+    def keys() -> Iterator[str]:
+        for n, sample in enumerate(rows.ids):
+            size = buckets.sizes[places[n]]
+            for digest in digests[n]:
+                for mirrored in orientations(recipe):
+                    yield _key(digest.tobytes().hex(), size, sample, recipe, mirrored)
+
+    return key_array(keys())
+
+
+def prompt_keys(rows: PairRows | ImageRows) -> np.ndarray:
+    """(n, 2) uint64: the keys of every row's prompts, by row; two a row where some row has a second one."""
+
+    def keys() -> Iterator[str]:
+        for batch in rows.batches():
+            columns = [batch.column("prompt").to_pylist()]
+            if rows.two_prompts:
+                columns.append(batch.column("rejected_prompt").to_pylist())
+            for first, *other in zip(*columns, strict=True):
+                yield prompt_key(first)
+                for text in other:
+                    yield prompt_key(first if text is None else text)
+
+    return key_array(keys())
 
 
 def prompt_key(text: str) -> str:
@@ -61,7 +121,7 @@ def ahead(work: Callable[[A], B], items: Iterable[A], pool: ThreadPoolExecutor, 
         yield result
 
 
-def ready(job: Job, recipe: DataRecipe, resolution: int) -> Prepared:
+def ready(job: Job, recipe: DataRecipe) -> Prepared:
     """Decoded, cropped and, where asked for, mirrored pixels.
 
     Raises RunError when the picture is no longer what its key says."""
@@ -69,7 +129,7 @@ def ready(job: Job, recipe: DataRecipe, resolution: int) -> Prepared:
         data = job.ref.read()
         if digest_of(data) != job.key[:32]:
             raise ImageError("changed since it was looked at")
-        found = prepare(load_image(data, recipe.alpha), resolution, recipe.crop, job.crop_key)
+        found = prepare(load_image(data, recipe.alpha), job.size, recipe.crop, job.crop_key)
     except ImageError as error:
         raise RunError(
             f"picture '{job.ref.name}': {error}; what is encoded is kept, start the command again"
@@ -77,24 +137,39 @@ def ready(job: Job, recipe: DataRecipe, resolution: int) -> Prepared:
     return Prepared(found.pixels.flip(-1), found.original, found.corner) if job.mirrored else found
 
 
-def encode_pictures(jobs: Sequence[Job], model: Model, recipe: DataRecipe, resolution: int) -> Iterator[Piece]:
-    """Keys and entries, ``recipe.encode_batch`` at a time: ``mean`` (n, C, h, w) fp32, ``std`` fp16 when the posterior
-    is sampled, ``size`` (n, 4) int32. On the CPU.
+def batches_of(jobs: Iterable[Job], count: int) -> Iterator[list[Job]]:
+    """Jobs in lists of at most ``count`` of one size, in order but for a window in which sizes are brought together."""
+    rest = iter(jobs)
+    while window := list(islice(rest, WINDOW * count)):
+        window.sort(key=lambda job: job.size)
+        for _, same in groupby(window, lambda job: job.size):
+            while part := list(islice(same, count)):
+                yield part
+
+
+def encode_pictures(jobs: Iterable[Job], model: Model, recipe: DataRecipe) -> Iterator[Piece]:
+    """Keys and entries, at most ``recipe.encode_batch`` at a time: ``mean`` (n, C, h, w) in ``data.latents``, ``std``
+    fp16 when the posterior is sampled, ``size`` (n, 4) int32. On the CPU. Jobs are drawn as they are needed.
 
     Raises:
         UserError: the VAE gives numbers that are not finite.
     """
-    if not jobs:
-        return
+    planned: deque[list[Job]] = deque()
+
+    def plan() -> Iterator[Job]:
+        for part in batches_of(jobs, recipe.encode_batch):
+            planned.append(part)
+            yield from part
+
     with ThreadPoolExecutor(workers(), thread_name_prefix="decode") as pool:
-        depth = 3 * recipe.encode_batch
-        stream = ahead(lambda job: ready(job, recipe, resolution), jobs, pool, depth)
-        for start in range(0, len(jobs), recipe.encode_batch):
-            part = jobs[start : start + recipe.encode_batch]
-            pictures = list(islice(stream, len(part)))
+        stream = ahead(lambda job: ready(job, recipe), plan(), pool, 3 * recipe.encode_batch)
+        for first in stream:
+            part = planned.popleft()
+            pictures = [first, *islice(stream, len(part) - 1)]
             mean, std = model.encode_images(torch.stack([p.pixels for p in pictures]), batch=recipe.encode_batch)
             mean, std = mean.float().cpu(), std.cpu()
-            finite = torch.isfinite(mean).flatten(1).all(1) & torch.isfinite(std).flatten(1).all(1)
+            kept = mean.half() if recipe.latents == "fp16" else mean
+            finite = torch.isfinite(kept).flatten(1).all(1) & torch.isfinite(std).flatten(1).all(1)
             if not bool(finite.all()):
                 worst = part[int(finite.int().argmin())].ref.name
                 raise UserError(
@@ -102,7 +177,7 @@ def encode_pictures(jobs: Sequence[Job], model: Model, recipe: DataRecipe, resol
                     "are damaged; keep the VAE in fp32 (model.dtype=fp32) or use a VAE that is fixed for fp16"
                 )
             entry = {
-                "mean": mean,
+                "mean": kept,
                 "size": torch.tensor([(*p.original, *p.corner) for p in pictures], dtype=torch.int32),
             }
             if recipe.posterior == "sample":
@@ -121,8 +196,8 @@ def entry_cond(entry: dict[str, Tensor]) -> Cond:
     return Cond(entry["embeds"][None], added)
 
 
-def encode_prompts(prompts: Sequence[str], model: Model) -> Iterator[Piece]:
+def encode_prompts(prompts: Iterable[str], model: Model) -> Iterator[Piece]:
     """Keys and entries of prompts, a batch at a time, on the CPU."""
-    for start in range(0, len(prompts), PROMPT_BATCH):
-        part = list(prompts[start : start + PROMPT_BATCH])
+    rest = iter(prompts)
+    while part := list(islice(rest, PROMPT_BATCH)):
         yield [prompt_key(text) for text in part], cond_entry(model.encode_prompts(part))

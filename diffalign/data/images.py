@@ -96,7 +96,7 @@ def difference_hash(image: Image.Image) -> int:
 
 @dataclass(frozen=True)
 class Prepared:
-    """``pixels`` (3, R, R) fp32 in [-1, 1]; ``original`` (height, width) of the upright picture; ``corner`` (top, left)
+    """``pixels`` (3, H, W) fp32 in [-1, 1]; ``original`` (height, width) of the upright picture; ``corner`` (top, left)
     of the crop in the resized picture. The last two are SDXL's size conditioning."""
 
     pixels: Tensor
@@ -104,24 +104,26 @@ class Prepared:
     corner: tuple[int, int]
 
 
-def prepare(image: Image.Image, resolution: int, crop: Crop = "center", key: Part = None) -> Prepared:
-    """Resize the shorter side to ``resolution`` (Lanczos, antialiased), then crop a square.
+def prepare(image: Image.Image, resolution: int | tuple[int, int], crop: Crop = "center", key: Part = None) -> Prepared:
+    """Resize until (height, width) ``resolution`` is just covered (Lanczos, antialiased), then crop to it; one number
+    is a square.
 
     The random crop is a function of ``key`` alone (the sample's id), as a share of the free range: both members of a
     pair are cut at the same relative place, on every machine, whatever their sizes.
     """
+    target = (resolution, resolution) if isinstance(resolution, int) else resolution
     width, height = image.size
-    scale = resolution / min(width, height)
-    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    scale = max(target[0] / height, target[1] / width)
+    size = (max(target[1], round(width * scale)), max(target[0], round(height * scale)))
     if image.size != size:
         image = image.resize(size, Image.Resampling.LANCZOS)
-    free = (size[1] - resolution, size[0] - resolution)
+    free = (size[1] - target[0], size[0] - target[1])
     if crop == "random":
         share = generator("crop", key).random(2)
         corner = (int(share[0] * (free[0] + 1)), int(share[1] * (free[1] + 1)))
     else:
         corner = (free[0] // 2, free[1] // 2)
     top, left = corner
-    square = image.crop((left, top, left + resolution, top + resolution))
-    pixels = torch.from_numpy(np.array(square, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32)
+    cut = image.crop((left, top, left + target[1], top + target[0]))
+    pixels = torch.from_numpy(np.array(cut, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32)
     return Prepared(pixels.div_(127.5).sub_(1.0).contiguous(), (height, width), corner)

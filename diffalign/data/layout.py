@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..recipe import DataRecipe
+from .buckets import buckets_of
 from .encode import cond_entry
 from .store import fingerprint_of, maker_of
 
@@ -61,9 +62,13 @@ def made_by_of(model: Model, recipe: DataRecipe, resolution: int) -> dict[str, d
         "posterior": recipe.posterior,
         "dtype": str(next(model.vae.parameters()).dtype),
         "code": CODE,
+        **({} if recipe.latents == "fp32" else {"latents": recipe.latents}),
     }
     dtype = str(next(model.text_encoder.parameters()).dtype)
-    return {"pictures": pictures, "prompts": {**text, "dtype": dtype, "family": model.family, "code": CODE}}
+    prompts = {**text, "dtype": dtype, "family": model.family, "code": CODE}
+    if model.zero_uncond:
+        prompts["unconditional"] = "zeros"
+    return {"pictures": pictures, "prompts": prompts}
 
 
 def is_flat(root: Path) -> bool:
@@ -98,10 +103,11 @@ def refuse_other(folder: Path, made_by: Mapping[str, Mapping[str, str]]) -> None
 
 
 def entry_bytes(model: Model, recipe: DataRecipe) -> tuple[int, int]:
-    """Bytes of one picture and of one prompt, with their share of the header."""
-    side = resolution_of(model, recipe)
-    height, width = model.latent_size(side, side)
-    numbers = model.vae.config.latent_channels * height * width
+    """Bytes of one picture (at most, with buckets) and of one prompt, with their share of the header."""
+    sizes = buckets_of(model, recipe, resolution_of(model, recipe)).sizes
+    latents = [model.latent_size(height, width) for height, width in sizes]
+    numbers = model.vae.config.latent_channels * max(height * width for height, width in latents)
     cond = cond_entry(model.uncond())
-    picture = numbers * (6 if recipe.posterior == "sample" else 4) + 76
+    each = (4 if recipe.latents == "fp32" else 2) + (2 if recipe.posterior == "sample" else 0)
+    picture = numbers * each + 76
     return picture, sum(t.numel() * t.element_size() for t in cond.values()) + 40

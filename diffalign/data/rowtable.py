@@ -11,6 +11,7 @@ import operator
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
 
@@ -301,6 +302,14 @@ class ImageRows(Packed[ImageRow]):
 
     def _row(self, values: dict[str, Any]) -> ImageRow:
         return ImageRow(values["id"], values["prompt"], self._ref(values, "image"), values["score"])
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Rows that pass by once; ``packed`` is empty and takes what is known of them."""
+
+    rows: Iterator[PairRow] | Iterator[ImageRow]
+    packed: PairRows | ImageRows
 
 
 def packed(rows: Sequence[PairRow] | Sequence[ImageRow]) -> PairRows | ImageRows:

@@ -15,9 +15,16 @@ from .batch import Batch, Cond
 if TYPE_CHECKING:
     from .cache import LatentCache
 
+RUN = 8  # rows of one bucket that stand together in the order
+
 
 class Source:
     """Rows of a cache in an order that is a function of (seed, epoch) alone.
+
+    With aspect buckets an epoch's order is the same permutation, in which the rows of each bucket are brought together
+    in runs of 8, at the place of the run's first row; the incomplete runs stand at the end of the epoch. A step takes
+    the next rows of the order, whatever their buckets, and groups them by bucket into micro-batches: which rows make a
+    step depends on neither micro-batch nor processes, no row is repeated or left out, and nothing is padded.
 
     Args:
         cache: the encoded rows.
@@ -46,19 +53,34 @@ class Source:
         self.caption_dropout = caption_dropout
         self.period = period
         self.reference: torch.Tensor | None = None
+        self.places: np.ndarray = cache.places[self.indices]
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        return self.indices[keyed.permutation(len(self.indices), self.seed, "order", epoch)]
+        order = keyed.permutation(len(self.indices), self.seed, "order", epoch)
+        return self.indices[in_runs(order, self.places[order])]
 
     def rows(self, start: int, count: int) -> tuple[list[int], list[int]]:
         """(cache indices, visits) of the endless order's positions start .. start + count - 1."""
         epochs, places = np.divmod(np.arange(start, start + count), len(self.indices))
         visits = epochs % self.period if self.period else epochs
         return [int(self._order(int(e))[p]) for e, p in zip(epochs, places, strict=True)], visits.tolist()
+
+    def cut(self, indices: Sequence[int], visits: Sequence[int], micro: int) -> list[tuple[list[int], list[int]]]:
+        """Rows in lists of at most ``micro`` of one bucket each, in order of the buckets' first rows."""
+        groups: dict[int, tuple[list[int], list[int]]] = {}
+        for index, visit in zip(indices, visits, strict=True):
+            rows, times = groups.setdefault(int(self.cache.places[index]), ([], []))
+            rows.append(index)
+            times.append(visit)
+        return [
+            (rows[start : start + micro], times[start : start + micro])
+            for rows, times in groups.values()
+            for start in range(0, len(rows), micro)
+        ]
 
     def load(self, indices: Sequence[int], visits: Sequence[int]) -> Batch:
         """A batch on the CPU."""
@@ -91,11 +113,25 @@ class Source:
         return self.rows(draw * batch + cuts[rank], cuts[rank + 1] - cuts[rank])
 
 
-def split_heldout(ids: Sequence[str], count: int, seed: int) -> tuple[list[int], list[int]]:
+def in_runs(order: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """``order`` (n,) with the rows of each bucket (``places`` (n,), by position in the order) in runs of 8."""
+    if not len(places) or (places == places[0]).all():
+        return order
+    together = np.argsort(places, kind="stable")  # positions, bucket by bucket, each in the order's own sequence
+    sizes = np.unique(places, return_counts=True)[1]
+    starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
+    nth = np.arange(len(order)) - starts
+    short = nth // RUN == np.repeat(sizes // RUN, sizes)  # the run that the bucket's rows do not fill
+    leader = together[starts + nth // RUN * RUN]
+    return order[together[np.lexsort((nth, leader, short))]]
+
+
+def split_heldout(ids: Sequence[str], count: int, seed: int) -> tuple[np.ndarray, list[int]]:
     """(training, held-out) positions: the ``count`` ids with the smallest keyed number are held out.
 
     At most a quarter of the rows is taken, so that tiny data still trains."""
     count = min(count, len(ids) // 4)
-    numbers = [keyed.generator(seed, "heldout", name).random() for name in ids]
-    held = set(np.argsort(numbers, kind="stable")[:count].tolist())
-    return [i for i in range(len(ids)) if i not in held], sorted(held)
+    held = np.argsort(keyed.uniforms(ids, seed, "heldout"), kind="stable")[:count] if count else np.zeros(0, np.int64)
+    training = np.ones(len(ids), bool)
+    training[held] = False
+    return np.flatnonzero(training), sorted(held.tolist())

@@ -6,18 +6,26 @@ import hashlib
 import json
 import os
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from ..errors import RunError
 from .files import make_folder, remove_leftovers, write_atomic
+from .keyindex import KeyIndex, first_places, key_array
 
 SHARD_ROWS = 512
 SHARD_BYTES = 64 * 2**20
+OPEN_FILES = 128
+ROW_BITS = 20  # a place is the shard's number and the row in it
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32}
 NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 
@@ -28,13 +36,12 @@ class TornShard(Exception):
 
 @dataclass
 class Shard:
-    """One file, memory-mapped on first use."""
+    """One file. ``layout`` is type, shape, first and last byte of each tensor."""
 
     path: Path
     keys: list[str]
     layout: dict[str, tuple[torch.dtype, list[int], int, int]]
     size: int
-    tensors: dict[str, Tensor] | None = None
 
     @staticmethod
     def open(path: Path, made_by: str) -> Shard:
@@ -72,15 +79,38 @@ class Shard:
         if digest.hexdigest()[:32] != self.path.stem:
             raise TornShard("content altered")
 
-    def row(self, number: int) -> dict[str, Tensor]:
-        """Views of one entry, straight from the mapped file."""
-        if self.tensors is None:
-            data = torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
-            self.tensors = {
-                name: data[start:end].view(dtype).view(shape)
-                for name, (dtype, shape, start, end) in self.layout.items()
-            }
-        return {name: tensor[number] for name, tensor in self.tensors.items()}
+    def row(self, number: int, file: FileIO) -> dict[str, Tensor]:
+        """One entry, read from the open file. Raises RunError when the file has become shorter."""
+        found = {}
+        for name, (dtype, shape, start, end) in self.layout.items():
+            length = (end - start) // shape[0]
+            buffer = bytearray(length)
+            file.seek(start + number * length)
+            if file.readinto(buffer) != length:
+                raise RunError(f"'{self.path}' was cut off while it was in use; start the command again")
+            found[name] = torch.frombuffer(buffer, dtype=dtype).view(shape[1:])
+        return found
+
+
+class Files:
+    """Open shards, the ones used last; reading is for one thread at a time."""
+
+    def __init__(self) -> None:
+        self.files: OrderedDict[Path, FileIO] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def read(self, shard: Shard, number: int) -> dict[str, Tensor]:
+        """One entry of a shard. Raises RunError when the file is gone or shorter."""
+        with self.lock:
+            try:
+                file = self.files.pop(shard.path, None) or FileIO(shard.path)
+                self.files[shard.path] = file
+                if len(self.files) > OPEN_FILES:
+                    self.files.popitem(last=False)[1].close()
+                return shard.row(number, file)
+            except OSError as error:
+                why = error.strerror or error
+                raise RunError(f"'{shard.path}' cannot be read ({why}); start the command again") from error
 
 
 class Store:
@@ -94,24 +124,37 @@ class Store:
         self.folder = folder
         self.made_by = dict(made_by)
         self.fingerprint = fingerprint_of(made_by)
-        self.shards: dict[str, Shard] = {}
-        self.index: dict[str, tuple[Shard, int]] = {}
+        self.shards: list[Shard] = []
+        self.known: set[str] = set()  # names of the shards' files
+        self.index = KeyIndex()
+        self.files = Files()
         self.refused: list[str] = []
 
     def __contains__(self, key: str) -> bool:
-        return key in self.index
+        return bool(self.index.find(key_array([key]))[0] >= 0)
 
     def __len__(self) -> int:
         return len(self.index)
 
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """The keys that are not here, each once, in order."""
-        return [key for key in dict.fromkeys(keys) if key not in self.index]
+    def missing(self, keys: np.ndarray) -> np.ndarray:
+        """Positions of the keys (n, 2) that are not here, each key once, ascending."""
+        first = first_places(keys)
+        return first[self.index.find(keys[first]) < 0]
+
+    def find(self, keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """The entries that are here, each a few tensors, read from the disk."""
+        names = list(dict.fromkeys(keys))
+        places = self.index.find(key_array(names)).tolist()
+        mask = (1 << ROW_BITS) - 1
+        return {
+            name: self.files.read(self.shards[place >> ROW_BITS], place & mask)
+            for name, place in zip(names, places, strict=True)
+            if place >= 0
+        }
 
     def get(self, key: str) -> dict[str, Tensor]:
-        """The tensors of an entry: views into the mapped file, not to be written to."""
-        shard, number = self.index[key]
-        return shard.row(number)
+        """The tensors of an entry. Raises KeyError."""
+        return self.find([key])[key]
 
     def repair(self) -> None:
         """Create the folder, delete what killed processes left, and every shard that is not whole. One process only."""
@@ -123,6 +166,7 @@ class Store:
             write_atomic(mark, text)
         stamps = self._stamps()
         whole: dict[str, list[int]] = {}
+        found: list[Shard] = []
         for path in self._files():
             state = path.stat()
             stamp = [state.st_size, state.st_mtime_ns]
@@ -135,23 +179,24 @@ class Store:
                 path.unlink()
             else:
                 whole[path.name] = stamp
-                self._add(shard)
+                found.append(shard)
+        self._add(found)
         if whole != stamps:
             write_atomic(self.folder / "checked.json", json.dumps(whole).encode())
 
     def refresh(self) -> None:
         """Take up shards that other processes wrote (whole by construction); drop none."""
-        for path in self._files():
-            if path.name not in self.shards:
-                self._add(Shard.open(path, self.fingerprint))
+        self._add([Shard.open(path, self.fingerprint) for path in self._files() if path.name not in self.known])
 
     def look(self) -> None:
         """Take up what can be read without changing anything on the disk."""
+        found = []
         for path in self._files():
             try:
-                self._add(Shard.open(path, self.fingerprint))
+                found.append(Shard.open(path, self.fingerprint))
             except TornShard:
                 continue  # `repair` will delete it
+        self._add(found)
 
     def write(self, keys: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
         """One new shard; every tensor has the keys on its first axis."""
@@ -161,17 +206,25 @@ class Store:
         )
         path = self.folder / f"{hashlib.sha256(data).hexdigest()[:32]}.safetensors"
         write_atomic(path, data)
-        self._add(Shard.open(path, self.fingerprint))
+        self._add([Shard.open(path, self.fingerprint)])
 
     def bytes(self) -> int:
         """Size of all shards."""
-        return sum(shard.size for shard in self.shards.values())
+        return sum(shard.size for shard in self.shards)
 
-    def _add(self, shard: Shard) -> None:
-        if shard.path.name not in self.shards:
-            self.shards[shard.path.name] = shard
-            for number, key in enumerate(shard.keys):
-                self.index.setdefault(key, (shard, number))
+    def _add(self, shards: Sequence[Shard]) -> None:
+        """Take up shards; their keys live in the index alone."""
+        keys, places = [], []
+        for shard in shards:
+            if shard.path.name not in self.known:
+                first = len(self.shards) << ROW_BITS
+                self.known.add(shard.path.name)
+                self.shards.append(shard)
+                keys.append(key_array(shard.keys))
+                places.append(np.arange(first, first + len(shard.keys)))
+                shard.keys.clear()
+        if keys:
+            self.index.add(np.concatenate(keys), np.concatenate(places))
 
     def _files(self) -> list[Path]:
         return sorted(p for p in self.folder.glob("*.safetensors") if NAME.fullmatch(p.name))

@@ -1,4 +1,5 @@
-"""What is to be scored: (image, prompt) pairs from a manifest, or from a plain folder of images and a prompt file."""
+"""What is to be scored: (image, prompt) pairs from a manifest, from a table (JSON lines, CSV, Parquet, WebDataset), or
+from a plain folder of images and a prompt file."""
 
 from __future__ import annotations
 
@@ -7,17 +8,25 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .prompts import Prompt, is_source, read_prompts, read_table
+from .promptfiles import CATEGORY_COLUMNS, ID_COLUMNS, PROMPT_COLUMNS
+from .prompts import Prompt, is_source, read_prompts, read_table, set_name, text_id
 
+if TYPE_CHECKING:
+    from ..data.table import Table
+
+IMAGE_COLUMNS = ("image", "file_name", "filename", "path", "jpg", "png")
+TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet", ".tar")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 MANIFEST = "manifest.jsonl"
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image of one prompt. ``k`` counts the images of a prompt; ``image`` is its name, relative to the source."""
+    """One image of one prompt. ``k`` counts the images of a prompt; ``image`` is its name, relative to the source;
+    ``place`` is its file, or its (table, row, column)."""
 
     id: str
     prompt: str
@@ -25,40 +34,127 @@ class Item:
     k: int
     seed: int | None
     image: str
-    path: Path
+    place: Path | tuple[Table, int, str]
+
+    def read(self) -> bytes:
+        """The encoded bytes. Raises OSError."""
+        if isinstance(self.place, Path):
+            return self.place.read_bytes()
+        from ..data.images import ImageError
+
+        table, row, column = self.place
+        try:
+            found = table.image(row, column)
+        except ImageError as error:
+            raise OSError(str(error)) from error
+        return found.read_bytes() if isinstance(found, Path) else found
 
 
 @dataclass(frozen=True)
 class ItemSet:
-    """Items in the order they will be scored, their prompts in order, and what was decided on the way."""
+    """Items in the order they will be scored, their prompts in order, what was decided on the way, and what the list
+    of prompts is called where a file or set named them."""
 
     items: list[Item]
     prompts: list[Prompt]
     notes: list[str]
+    set_name: str | None = None
 
 
 def read_items(images: str | Path, prompts: str | Path | None = None) -> ItemSet:
-    """Items of a folder with ``manifest.jsonl`` (as `diffalign sample` writes it), a manifest, or a plain folder.
+    """Items of a folder with ``manifest.jsonl`` (as `diffalign sample` writes it), a table, or a plain folder.
 
-    A plain folder needs ``prompts``: one text for all images, or a file whose rows are matched by a column ``image``,
-    by file names ``<id>`` or ``<id>-<k>``, or, when there are as many images as prompts, by sorted order.
+    A table (.jsonl, .csv, .parquet, .tar, a pattern ``x-{00..12}.tar``, or a folder of Parquet or tar shards) has
+    columns for the picture (``image``, ``file_name``, ``path``, ``jpg``, ``png``: bytes or paths relative to it) and
+    for the ``prompt`` (``caption``, ``text``), and where there are any ``id``, ``k``, ``seed``, ``category``. A plain
+    folder needs ``prompts``: one text for all images, or a file whose rows are matched by a column ``image``, by file
+    names ``<id>`` or ``<id>-<k>``, or, when there are as many images as prompts, by sorted order.
 
     Raises:
         UserError: nothing there, a broken manifest, an id and k that come twice, or images and prompts that do not fit
             (the message says which are missing).
     """
-    source = Path(images)
+    found = _read_items(Path(images), prompts)
+    named = set_name(prompts) if prompts is not None else None
+    return ItemSet(found.items, found.prompts, found.notes, named)
+
+
+def _read_items(source: Path, prompts: str | Path | None) -> ItemSet:
     manifest = source / MANIFEST if source.is_dir() else source
-    if manifest.suffix == ".jsonl" and manifest.is_file():
+    if manifest.name == MANIFEST and manifest.is_file():
         return _from_manifest(manifest, prompts)
+    if source.suffix in TABLE_SUFFIXES or "{" in str(source):
+        return _from_table(source, prompts)
     if not source.is_dir():
-        raise UserError(f"images '{images}' is no folder and no manifest.jsonl; give the folder of the images")
+        raise UserError(
+            f"images '{source}' is no folder, no manifest.jsonl and no table ({', '.join(TABLE_SUFFIXES)}); give the "
+            "folder of the images"
+        )
     files = sorted((p for p in source.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), key=_natural)
     if not files:
-        raise UserError(f"folder '{images}' holds no images ({', '.join(IMAGE_SUFFIXES)})")
+        if any(source.rglob("*.parquet")) or any(source.rglob("*.tar")):
+            return _from_table(source, prompts)
+        raise UserError(f"folder '{source}' holds no images ({', '.join(IMAGE_SUFFIXES)})")
+    if prompts is None and any((source / f"metadata{suffix}").is_file() for suffix in (".jsonl", ".csv")):
+        return _from_table(source, None)
     if prompts is None:
-        raise UserError(f"folder '{images}' has no {MANIFEST}; say with --prompts what the images should show")
+        raise UserError(f"folder '{source}' has no {MANIFEST}; say with --prompts what the images should show")
     return _from_folder(source, files, str(prompts))
+
+
+def _from_table(source: Path, prompts: str | Path | None) -> ItemSet:
+    from ..data.images import ImageError
+    from ..data.tables import open_table
+
+    try:
+        table = open_table(str(source))
+    except UserError as error:
+        raise UserError(str(error).replace("data.path", "images")) from error
+    picture = next((c for c in IMAGE_COLUMNS if c in table.columns), None)
+    picture = picture or next((c for c in table.columns if table.holds_bytes(c)), None)
+    have = ", ".join(table.columns) or "none"
+    if picture is None:
+        raise UserError(f"'{source}' has no column of pictures (columns: {have}); name it 'image'")
+    text_column = next((c for c in PROMPT_COLUMNS if c in table.columns), None)
+    one = read_prompts(prompts) if prompts is not None else []
+    if len(one) != 1 and (one or text_column is None):
+        raise UserError(f"'{source}' needs a column 'prompt' (columns: {have}), or one text for all with --prompts")
+
+    def first(row: int, names: Sequence[str]) -> object:
+        return next((v for c in names if c in table.columns and (v := table.value(row, c)) is not None), None)
+
+    items: list[Item] = []
+    ordered: dict[str, Prompt] = {}
+    ids: dict[tuple[str, int], int] = {}
+    drawn: dict[str, int] = {}
+    for row in range(table.total or 0):
+        where = table.place(row)
+        try:
+            text = one[0].prompt if one else first(row, [str(text_column)])
+            identity, category = first(row, ID_COLUMNS), first(row, CATEGORY_COLUMNS)
+            stated, seed = first(row, ["k"]), first(row, ["seed"])
+            name = where if table.holds_bytes(picture) else str(table.value(row, picture))
+        except ImageError as error:
+            raise UserError(f"{where} of '{source}' cannot be read: {error}") from error
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{where} of '{source}' has an empty prompt; every row needs one")
+        own = str(identity) if identity is not None else text_id(text)
+        k = int(str(stated)) if stated is not None else (drawn.get(own, -1) + 1 if identity is None else 0)
+        drawn[own] = k
+        if (own, k) in ids:
+            raise UserError(
+                f"id '{own}'{f', k {k}' if k else ''} stands at {table.place(ids[own, k])} and {where} of '{source}'; "
+                "ids must differ"
+            )
+        ids[own, k] = row
+        kind = None if category is None else str(category)
+        if ordered.setdefault(own, Prompt(own, text, kind)).prompt != text:
+            raise UserError(f"'{source}' has two prompts under id '{own}' ({where}); ids must differ")
+        items.append(Item(own, text, kind, k, None if seed is None else int(str(seed)), name, (table, row, picture)))
+    if not items:
+        raise UserError(f"'{source}' holds no rows")
+    bad = [f"{len(table.bad)} rows of '{source}' are none and are left out"] if table.bad else []
+    return ItemSet(items, list(ordered.values()), bad)
 
 
 def _from_manifest(manifest: Path, prompts: str | Path | None) -> ItemSet:

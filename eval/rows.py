@@ -38,6 +38,14 @@ class Row:
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
+Key = tuple[str, int, str]  # id, k, scorer
+
+
+def key_of(row: Row) -> Key:
+    """What names a row within its file."""
+    return row.id, row.k, row.scorer
+
+
 @dataclass
 class Meta:
     """The sidecar ``<name>.meta.json``: what must agree before two score files are compared."""
@@ -49,6 +57,8 @@ class Meta:
     sampling: dict[str, object] = field(default_factory=dict)  # sample.json beside the images, when there was one
     notes: list[str] = field(default_factory=list)
     folder: str | None = None  # what image names are relative to, seen from the score file's folder
+    prompt_set: str | None = None  # what the list of prompts is called
+    conventions: dict[str, str] = field(default_factory=dict)  # scorer -> what a report has to state of it
     complete: bool = False
     format: int = FORMAT
 
@@ -168,6 +178,7 @@ class RowLog:
     """Append-only JSON lines: what a killed run leaves behind. A torn last line is cut off when it is opened."""
 
     def __init__(self, path: Path, rows: Iterable[Row]) -> None:
+        self.path = path
         write_rows(path, list(rows))
         self._stream = path.open("a", encoding="utf-8")
 

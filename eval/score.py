@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import UserError
+from ..errors import Interrupted, UserError
 from .items import MANIFEST, Item, ItemSet, read_items
 from .progress import progress_bar
 from .prompts import prompts_sha256
-from .rows import SUFFIXES, Meta, Row, RowLog, read_meta, read_rows, write_meta, write_rows
+from .ranks import Ranks, join_ranks
+from .rows import (
+    SUFFIXES,
+    Key,
+    Meta,
+    Row,
+    RowLog,
+    key_of,
+    read_meta,
+    read_rows,
+    read_score_file,
+    write_meta,
+    write_rows,
+)
 from .scorers import list_scorers, load_scorers, parse_scorers
+from .scoring import hash_item, run_chunks
 
 if TYPE_CHECKING:
-    import numpy as np
     from rich.console import Console
 
     from .scorers import Scorer
-
-AHEAD = 2  # chunks that are decoded while one is scored
 
 
 @dataclass
@@ -42,6 +51,7 @@ class ScoreResult:
     errors: list[tuple[str, str]]
     seconds: float
     notes: list[str] = field(default_factory=list)
+    texts: dict[str, int] = field(default_factory=dict)  # prompts that each scorer encoded
 
     def render(self, console: Console) -> None:
         """A short table for a person."""
@@ -53,6 +63,9 @@ class ScoreResult:
         console.print(table)
         rate = f", {self.scored / len(self.means) / self.seconds:.1f} images/s" if self.scored else ""
         console.print(f"{self.images} images: {self.scored} scores new, {self.reused} reused{rate}", highlight=False)
+        if any(self.texts.values()):
+            counts = ", ".join(f"{name} {count}" for name, count in self.texts.items() if count)
+            console.print(f"prompts encoded, each once: {counts}", highlight=False)
         for note in self.notes:
             console.print(f"note: {note}", highlight=False)
         for image, reason in self.errors[:5]:
@@ -60,16 +73,6 @@ class ScoreResult:
         if len(self.errors) > 5:
             console.print(f"... and {len(self.errors) - 5} more; their rows carry the error", highlight=False)
         console.print(f"scores: {self.out}", highlight=False)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """One image: its hash, and prepared pixels by preprocessing id, or the reason why there are none."""
-
-    sha256: str | None
-    prepared: dict[str, np.ndarray]
-    flags: tuple[str, ...] = ()
-    error: str | None = None
 
 
 def score_images(
@@ -84,20 +87,25 @@ def score_images(
     progress: bool = True,
     strict: bool = False,
     workers: int | None = None,
+    reuse: Sequence[str | Path] = (),
 ) -> ScoreResult:
-    """Score every image with every scorer and write one row each.
+    """Score every image with every scorer and write one row each. Under a launcher the processes share the batches and
+    the first one merges; the result is the same for any number of them.
 
     Args:
-        images: a folder with ``manifest.jsonl``, a manifest, or a plain folder (then ``prompts`` is needed).
+        images: a folder with ``manifest.jsonl``, a table of images and prompts (.jsonl, .csv, .parquet, .tar shards,
+            or a folder of shards), or a plain folder (then ``prompts`` is needed).
         prompts: a prompt file, set or text; with a manifest it selects prompts.
         scorers: names, ``"oracle,pickscore=FOLDER"``, or loaded scorers.
         out: ``.jsonl`` or ``.parquet``; ``<name>.meta.json`` beside it holds the fingerprints. Rows that are there
             already (same image bytes, prompt and scorer fingerprint) are not computed again.
-        batch: images a forward. Batches are cut by the manifest, so a resumed run computes the very same ones.
+        batch: images a forward. Batches are cut by the list of images, so a resumed run computes the very same ones.
         strict: unreadable images raise UserError after everything else was written.
+        reuse: further score files or folders whose rows count as computed where they hold.
 
     Raises:
         UserError: bad input, an ``out`` that holds something else, or not one image that could be scored.
+        Interrupted: by Ctrl-C; what was scored stays.
     """
     target = Path(out)
     if target.suffix not in SUFFIXES:
@@ -105,160 +113,88 @@ def score_images(
     if batch < 1:
         raise UserError(f"batch {batch} is not a number of images; give 1 or more")
     known = [s for s in scorers if not isinstance(s, str)]
+    named = scorers if isinstance(scorers, str) else [s for s in scorers if isinstance(s, str)]
     if not known:
-        parse_scorers([s for s in scorers if isinstance(s, str)] if not isinstance(scorers, str) else scorers)
+        parse_scorers(named)
+    ranks = join_ranks(device)
     source = read_items(images, prompts)
-    log_path = target if target.suffix == ".jsonl" else target.with_suffix(".partial.jsonl")
-    before = [row for path in dict.fromkeys((target, log_path)) if path.is_file() for row in read_rows(path)]
+    logs = [log_path(target, 0), *sorted(target.parent.glob(f"{target.stem}.rank*.partial.jsonl"))]
+    before = [row for path in dict.fromkeys((target, *logs)) if path.is_file() for row in read_rows(path)]
     _check_same_images(before, source, target)
-    loaded = known or load_scorers(
-        [s for s in scorers if isinstance(s, str)] if not isinstance(scorers, str) else scorers, device, dtype
-    )
+    lent = [row for place in reuse for row in read_score_file(place).rows]
+    loaded = known or load_scorers(named, device, dtype)
     began = time.monotonic()
     texts = [p.prompt for p in source.prompts]
+    encoded = {s.name: s.texts_encoded for s in loaded}
     for scorer in loaded:
         scorer.check_prompts(texts)
         scorer.plan_texts(texts)
     meta = _meta(Path(images), source, loaded, read_meta(target), target)
+    log = _open_log(target, before, meta, ranks, logs)
+    chunks = [source.items[start : start + batch] for start in range(0, len(source.items), batch)]
+    mine = chunks[ranks.rank :: ranks.world]
+    items = [item for chunk in mine for item in chunk]
+    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
+        hashes = list(pool.map(hash_item, items)) if before or lent else [None] * len(items)
+        kept = _kept([*lent, *before], items, hashes, meta)
+        done = {k: r for k, r in kept.items() if r.error is None}
+        try:
+            with progress_bar("scoring", len(items), enabled=progress and ranks.main) as advance:
+                fresh = list(run_chunks(mine, loaded, done, pool, log, advance))
+        except KeyboardInterrupt as error:
+            pool.shutdown(cancel_futures=True)
+            raise Interrupted(f"stopped; what was scored is in '{log.path}', the same command goes on") from error
+    log.close()
+    found = {**kept, **{key_of(r): r for r in fresh}}
+    wanted = {s.name: s.fingerprint_id for s in loaded}
+    names = [*wanted, *(n for n in meta.scorers if n not in wanted)]
+    if not ranks.main:
+        write_rows(log.path, _in_order(items, names, found))
+    ranks.barrier()
+    if ranks.main:
+        for rank in range(1, ranks.world):
+            found |= {key_of(row): row for row in read_rows(log_path(target, rank))}
+        _finish(target, _in_order(source.items, names, found), meta)
+        for path in logs + [log_path(target, rank) for rank in range(1, ranks.world)]:
+            if path != target:
+                path.unlink(missing_ok=True)
+    ranks.barrier()
+    counts = {s.name: s.texts_encoded - encoded[s.name] for s in loaded}
+    final = read_rows(target)
+    made = ranks.total(len(fresh))
+    return _summary(final, made, wanted, source, target, time.monotonic() - began, strict, counts)
+
+
+def log_path(target: Path, rank: int) -> Path:
+    """Where a process writes rows as they come; rank 0 of a .jsonl writes the file itself."""
+    if rank == 0:
+        return target if target.suffix == ".jsonl" else target.with_suffix(".partial.jsonl")
+    return target.with_name(f"{target.stem}.rank{rank}.partial.jsonl")
+
+
+def _open_log(target: Path, before: Sequence[Row], meta: Meta, ranks: Ranks, logs: Sequence[Path]) -> RowLog:
+    """The log of this process. Rank 0 takes over all that earlier runs left before the others begin."""
+    ranks.barrier()  # everyone has read what is there
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_meta(target, meta)
-        log = RowLog(log_path, before)
+        if ranks.main:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_meta(target, meta)
+            log = RowLog(log_path(target, 0), before)
+            for stale in logs[1:]:
+                stale.unlink(missing_ok=True)
+        ranks.barrier()
+        return log if ranks.main else RowLog(log_path(target, ranks.rank), [])
     except OSError as error:
         raise UserError(f"cannot write '{target}' ({error.strerror}); choose another place for the scores") from error
-    wanted = {s.name: s.fingerprint_id for s in loaded}
-    with ThreadPoolExecutor(workers or min(8, os.cpu_count() or 1)) as pool:
-        hashes = list(pool.map(_hash, source.items)) if before else [None] * len(source.items)
-        kept = _kept(before, source.items, hashes, meta)
-        done = {k: r for k, r in kept.items() if r.error is None}
-        fresh = list(_run(source.items, loaded, done, pool, batch, log, progress))
-    log.close()
-    final = _final(
-        source.items,
-        list(wanted) + [n for n in meta.scorers if n not in wanted],
-        {**kept, **{_key(r): r for r in fresh}},
-    )
-    write_rows(target, final)
-    if log_path != target:
-        log_path.unlink()
-    scored = {row.scorer for row in final}
+
+
+def _finish(target: Path, rows: Sequence[Row], meta: Meta) -> None:
+    write_rows(target, rows)
+    scored = {row.scorer for row in rows}
     meta.scorers = {name: fingerprint for name, fingerprint in meta.scorers.items() if name in scored}
+    meta.conventions = {name: text for name, text in meta.conventions.items() if name in scored}
     meta.complete = True
     write_meta(target, meta)
-    return _summary(final, fresh, wanted, source, target, time.monotonic() - began, strict)
-
-
-Key = tuple[str, int, str]  # id, k, scorer
-
-
-def _key(row: Row) -> Key:
-    return row.id, row.k, row.scorer
-
-
-def _hash(item: Item) -> str | None:
-    try:
-        return hashlib.sha256(item.path.read_bytes()).hexdigest()
-    except OSError:
-        return None  # reported as this image's row when it is loaded
-
-
-def _load(item: Item, scorers: Sequence[Scorer]) -> Loaded:
-    """Read, hash, decode and prepare one image, once for all scorers that share a preprocessing."""
-    from .preprocess import decode
-
-    try:
-        data = item.path.read_bytes()
-    except OSError as error:
-        return Loaded(None, {}, error=f"not readable: {error.strerror or error}")
-    sha256 = hashlib.sha256(data).hexdigest()
-    try:
-        picture = decode(data)
-    except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for some broken PNGs
-        return Loaded(sha256, {}, error=f"not an image that can be decoded: {type(error).__name__}")
-    prepared: dict[str, np.ndarray] = {}
-    for scorer in scorers:
-        if scorer.preprocess_id not in prepared:
-            prepared[scorer.preprocess_id] = scorer.prepare(picture.image)
-    return Loaded(sha256, prepared, picture.flags)
-
-
-def _run(
-    items: Sequence[Item],
-    scorers: Sequence[Scorer],
-    done: dict[Key, Row],
-    pool: ThreadPoolExecutor,
-    batch: int,
-    log: RowLog,
-    progress: bool,
-) -> Iterator[Row]:
-    """New rows, chunk by chunk. A chunk with anything missing is computed whole, so that values do not depend on
-    where a run was cut; only the missing rows are kept."""
-    chunks: list[tuple[Sequence[Item], list[Scorer]]] = []
-    for start in range(0, len(items), batch):
-        chunk = items[start : start + batch]
-        need = [s for s in scorers if any((i.id, i.k, s.name) not in done for i in chunk)]
-        if need:
-            chunks.append((chunk, need))
-    queue: deque[list[Future[Loaded]]] = deque()
-    upcoming = iter(chunks)
-
-    def submit() -> None:
-        following = next(upcoming, None)
-        if following is not None:
-            queue.append([pool.submit(_load, item, following[1]) for item in following[0]])
-
-    for _ in range(AHEAD):
-        submit()
-    with progress_bar("scoring", sum(len(c) for c, _ in chunks), enabled=progress) as advance:
-        for chunk, need in chunks:
-            pictures = [future.result() for future in queue.popleft()]
-            submit()
-            rows = [r for s in need for r in _score_chunk(chunk, pictures, s) if _key(r) not in done]
-            log.append(rows)
-            advance(len(chunk))
-            yield from rows
-
-
-def _score_chunk(chunk: Sequence[Item], pictures: Sequence[Loaded], scorer: Scorer) -> list[Row]:
-    readable = [i for i, picture in enumerate(pictures) if picture.error is None]
-    values: dict[int, float] = {}
-    parts: dict[int, dict[str, float]] = {}
-    if readable:
-        prepared = [pictures[i].prepared[scorer.preprocess_id] for i in readable]
-        result = scorer.score_prepared(prepared, [chunk[i].prompt for i in readable])
-        columns = {name: part.tolist() for name, part in result.parts.items()}
-        for place, (i, value) in enumerate(zip(readable, result.values.tolist(), strict=True)):
-            values[i] = value
-            parts[i] = {name: _short(column[place]) for name, column in columns.items()}
-    cut = scorer.truncated([item.prompt for item in chunk])
-    rows = []
-    for i, (item, picture) in enumerate(zip(chunk, pictures, strict=True)):
-        value, error = values.get(i), picture.error
-        if value is not None and not math.isfinite(value):
-            value, error = None, f"the score is {value}"
-        rows.append(
-            Row(
-                id=item.id,
-                prompt=item.prompt,
-                k=item.k,
-                seed=item.seed,
-                category=item.category,
-                image=item.image,
-                image_sha256=picture.sha256,
-                scorer=scorer.name,
-                fingerprint=scorer.fingerprint_id,
-                value=None if value is None else _short(value),
-                parts=parts.get(i, {}),
-                flags=[*picture.flags, *(["truncated"] if cut[i] else [])],
-                error=error,
-            )
-        )
-    return rows
-
-
-def _short(value: float) -> float:
-    """Nine digits: all that an fp32 number holds."""
-    return float(f"{value:.9g}")
 
 
 def _kept(before: Iterable[Row], items: Sequence[Item], hashes: Sequence[str | None], meta: Meta) -> dict[Key, Row]:
@@ -280,7 +216,7 @@ def _kept(before: Iterable[Row], items: Sequence[Item], hashes: Sequence[str | N
     return kept
 
 
-def _final(items: Sequence[Item], names: Sequence[str], rows: dict[Key, Row]) -> list[Row]:
+def _in_order(items: Sequence[Item], names: Sequence[str], rows: dict[Key, Row]) -> list[Row]:
     keys = ((item.id, item.k, name) for item in items for name in names)
     return [rows[key] for key in keys if key in rows]
 
@@ -288,9 +224,11 @@ def _final(items: Sequence[Item], names: Sequence[str], rows: dict[Key, Row]) ->
 def _meta(images: Path, source: ItemSet, scorers: Sequence[Scorer], old: Meta | None, out: Path) -> Meta:
     folder = images if images.is_dir() else images.parent
     sample = folder / "sample.json"
-    sampling = (
-        json.loads(sample.read_text(encoding="utf-8")) if (folder / MANIFEST).is_file() and sample.is_file() else {}
-    )
+    sampling: dict[str, object] = {}
+    if (folder / MANIFEST).is_file() and sample.is_file():
+        sampling = json.loads(sample.read_text(encoding="utf-8"))
+    about = sampling.get("prompts")
+    notes = {s.name: "; ".join(filter(None, (s.note, s.weights_note))) for s in scorers}
     return Meta(
         prompts_sha256=prompts_sha256(source.prompts),
         prompts=len(source.prompts),
@@ -299,6 +237,8 @@ def _meta(images: Path, source: ItemSet, scorers: Sequence[Scorer], old: Meta | 
         sampling=sampling,
         notes=source.notes,
         folder=os.path.relpath(folder, out.parent),
+        prompt_set=source.set_name or (about.get("set") if isinstance(about, dict) else None),
+        conventions={**(old.conventions if old else {}), **notes},
     )
 
 
@@ -311,12 +251,13 @@ def _check_same_images(before: Sequence[Row], source: ItemSet, out: Path) -> Non
 
 def _summary(
     final: Sequence[Row],
-    fresh: Sequence[Row],
+    fresh: int,
     wanted: dict[str, str],
     source: ItemSet,
     out: Path,
     seconds: float,
     strict: bool,
+    texts: dict[str, int],
 ) -> ScoreResult:
     values: dict[str, list[float]] = {name: [] for name in wanted}
     errors: dict[str, str] = {}
@@ -345,5 +286,5 @@ def _summary(
     if strict and errors:
         image, reason = next(iter(errors.items()))
         raise UserError(f"{len(errors)} images could not be scored (first: {image}: {reason}); the rest is in '{out}'")
-    reused = sum(map(len, values.values())) - sum(r.value is not None for r in fresh)
-    return ScoreResult(out, len(source.items), means, len(fresh), reused, list(errors.items()), seconds, notes)
+    reused = max(0, sum(row.scorer in values for row in final) - fresh)
+    return ScoreResult(out, len(source.items), means, fresh, reused, list(errors.items()), seconds, notes, texts)

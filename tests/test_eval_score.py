@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from eval_tiny import write_samples, write_tiny_clip
 from PIL import Image
@@ -20,6 +27,7 @@ from diffalign.eval.rows import Meta, meta_path, read_rows, read_score_file
 from diffalign.eval.score import score_images
 from diffalign.eval.scorers import load_scorer
 
+Change = Callable[[dict[str, object], int], dict[str, object]]
 PROMPTS = [f"prompt number {i}" + " and more" * (i % 3) for i in range(10)]
 
 
@@ -75,12 +83,12 @@ def test_one_decode_for_all_scorers(samples: Path, clip: Path, tmp_path: Path, m
 
 KILLED = """
 import sys, time
-from diffalign.eval import score
-real = score._score_chunk
+from diffalign.eval import score, scoring
+real = scoring.score_chunk
 def slow(*args):
     time.sleep(0.15)
     return real(*args)
-score._score_chunk = slow
+scoring.score_chunk = slow
 score.score_images(sys.argv[1], None, sys.argv[3:], sys.argv[2], batch=3, device="cpu", progress=False)
 """
 
@@ -157,6 +165,99 @@ def test_unreadable_images_are_rows_with_an_error(samples: Path, clip: Path, tmp
     mended = run(samples, tmp_path / "s.jsonl", both(clip))
     assert sum(r.error is None for r in read_rows(tmp_path / "s.jsonl")) == 36
     assert mended.reused == 34  # type: ignore[attr-defined]
+
+
+def test_each_prompt_is_encoded_once(samples: Path, clip: Path, tmp_path: Path) -> None:
+    found = run(samples, tmp_path / "s.jsonl", both(clip))
+    assert found.texts == {"clip": 10, "pickscore": 10}  # type: ignore[attr-defined]  20 images each
+    assert run(samples, tmp_path / "s.jsonl", both(clip)).texts == {"clip": 0, "pickscore": 0}  # type: ignore[attr-defined]
+
+
+def test_rows_of_other_files_are_taken_over(samples: Path, clip: Path, tmp_path: Path) -> None:
+    run(samples, tmp_path / "whole" / "s.jsonl", both(clip))
+    moved = tmp_path / "moved"
+    shutil.copytree(samples, moved)
+    Image.new("RGB", (40, 40), (9, 9, 9)).save(moved / "images" / "000000-0.png")
+    found = run(moved, tmp_path / "new" / "s.jsonl", both(clip), reuse=[tmp_path / "whole" / "s.jsonl"])
+    assert (found.scored, found.reused) == (2, 38)  # type: ignore[attr-defined]
+    other = write_tiny_clip(tmp_path / "other", seed=3)
+    found = run(samples, tmp_path / "s.jsonl", both(other), reuse=[tmp_path / "whole" / "s.jsonl"])
+    assert (found.scored, found.reused) == (40, 0)  # type: ignore[attr-defined]  other weights
+
+
+def as_tables(samples: Path, folder: Path) -> dict[str, Path]:
+    """The same pictures and prompts as JSON lines, CSV, Parquet and tar."""
+    folder.mkdir()
+    rows = [json.loads(line) for line in (samples / "manifest.jsonl").read_text().splitlines()]
+    found = {suffix: folder / f"pictures.{suffix}" for suffix in ("jsonl", "csv", "parquet", "tar")}
+    named = [{**row, "image": str(samples / row["image"])} for row in rows]
+    found["jsonl"].write_text("".join(json.dumps(row) + "\n" for row in named))
+    with found["csv"].open("w") as stream:
+        writer = csv.DictWriter(stream, list(named[0]))
+        writer.writeheader()
+        writer.writerows(named)
+    data = [{**row, "image": (samples / row["image"]).read_bytes()} for row in rows]
+    pq.write_table(pa.Table.from_pylist(data), found["parquet"], row_group_size=7)
+    with tarfile.open(found["tar"], "w") as tar:
+        for number, row in enumerate(data):
+            facts = {key: row[key] for key in ("id", "k", "seed", "category")}
+            members = {"png": row["image"], "txt": row["prompt"].encode(), "json": json.dumps(facts).encode()}
+            for suffix, content in members.items():
+                info = tarfile.TarInfo(f"{number:05d}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return found
+
+
+def test_every_form_of_input_gives_the_same_scores(samples: Path, clip: Path, tmp_path: Path) -> None:
+    run(samples, tmp_path / "s.jsonl", both(clip))
+    want = [(r.id, r.k, r.seed, r.category, r.image_sha256, r.scorer, r.value) for r in read_rows(tmp_path / "s.jsonl")]
+    for suffix, table in as_tables(samples, tmp_path / "tables").items():
+        run(table, tmp_path / f"{suffix}.parquet", both(clip))
+        rows = read_rows(tmp_path / f"{suffix}.parquet")
+        assert [(r.id, r.k, r.seed, r.category, r.image_sha256, r.scorer, r.value) for r in rows] == want, suffix
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda row, n: {**row, "prompt": " "} if n == 3 else row, "line 4 of .* has an empty prompt"),
+        (lambda row, n: {**row, "id": "p000", "k": 0} if n == 3 else row, "stands at .* line 1 and .* line 4"),
+        (lambda row, n: {**row, "id": "p000", "k": 9} if n == 3 else row, "two prompts under id 'p000'"),
+        (lambda row, n: {k: v for k, v in row.items() if k != "image"}, "no column of pictures"),
+        (lambda row, n: {k: v for k, v in row.items() if k != "prompt"}, "needs a column 'prompt'"),
+    ],
+)
+def test_bad_tables(samples: Path, clip: Path, tmp_path: Path, change: Change, says: str) -> None:
+    rows = [json.loads(line) for line in (samples / "manifest.jsonl").read_text().splitlines()]
+    table = samples / "table.jsonl"
+    table.write_text("".join(json.dumps(change(row, n)) + "\n" for n, row in enumerate(rows)))
+    with pytest.raises(UserError, match=says):
+        run(table, tmp_path / "s.jsonl", both(clip))
+
+
+def test_two_processes_equal_one(samples: Path, clip: Path, tmp_path: Path) -> None:
+    run(samples, tmp_path / "one" / "s.jsonl", both(clip))
+    head = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    head += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", "diffalign", "score", str(samples)]
+    options = ["--scorers", ",".join(both(clip)), "--batch", "3", "--device", "cpu", "--quiet"]
+    target = tmp_path / "jsonl" / "s.jsonl"
+    done = subprocess.run([*head, *options, "--out", str(target)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "40 scores new" in done.stdout and done.stdout.count(str(target)) == 2, "one process speaks"
+    assert target.read_bytes() == (tmp_path / "one" / "s.jsonl").read_bytes()
+    assert {p.name for p in target.parent.iterdir()} == {"s.jsonl", "s.meta.json"}
+    torn = tmp_path / "torn" / "s.jsonl"  # two processes were killed, one goes on
+    torn.parent.mkdir()
+    lines = (tmp_path / "one" / "s.jsonl").read_text().splitlines(keepends=True)
+    torn.write_text("".join(lines[:6]))
+    (torn.parent / "s.rank1.partial.jsonl").write_text("".join(lines[6:14]) + lines[14][:20])
+    meta = meta_path(tmp_path / "one" / "s.jsonl").read_text().replace('"complete": true', '"complete": false')
+    meta_path(torn).write_text(meta)
+    found = run(samples, torn, both(clip))
+    assert (found.scored, found.reused) == (26, 14)  # type: ignore[attr-defined]
+    assert torn.read_bytes() == (tmp_path / "one" / "s.jsonl").read_bytes()
+    assert {p.name for p in torn.parent.iterdir()} == {"s.jsonl", "s.meta.json"}
 
 
 def test_nothing_usable_is_an_error(samples: Path, clip: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import AsJson, BatchSize, Device, Dtype, InLoop, Quiet, app, names, out, sampling_options
+from .common import AsJson, BatchSize, Device, Dtype, InLoop, Quiet, app, is_main, names, out, sampling_options
 
 
 @app.command()
@@ -32,25 +32,38 @@ def sample(
 
 @app.command()
 def score(
-    images: Annotated[str, typer.Argument(help="Folder with manifest.jsonl, or a plain folder of images.")],
+    images: Annotated[str, typer.Argument(help="Folder (manifest.jsonl or plain), .jsonl, .csv, .parquet or .tar.")],
     scorers: Annotated[str, typer.Option(help="Names, comma-separated; name=PATH for own weights.")],
-    prompts: Annotated[str | None, typer.Option(help="Prompts, where there is no manifest.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Prompts, where the images bring none.")] = None,
     to: Annotated[Path | None, typer.Option("--out", help="scores.jsonl or .parquet.")] = None,
     batch: BatchSize = 32,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    reuse: Annotated[
+        list[Path] | None, typer.Option(help="Further score files whose rows count where they hold.")
+    ] = None,
     strict: Annotated[bool, typer.Option(help="Unreadable images are an error.")] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score images by one or more scorers; resumes image by image."""
+    """Score images by one or more scorers in one pass; resumes image by image; shares the work under a launcher."""
     from ..eval.score import score_images
 
     place = to or (Path(images) / "scores.jsonl" if Path(images).is_dir() else Path("scores.jsonl"))
     result = score_images(
-        images, prompts, scorers, place, batch=batch, device=device, dtype=dtype, progress=not quiet, strict=strict
+        images,
+        prompts,
+        scorers,
+        place,
+        batch=batch,
+        device=device,
+        dtype=dtype,
+        progress=not quiet,
+        strict=strict,
+        reuse=reuse or [],
     )
-    result.render(out())
-    print(result.out)
+    if is_main():
+        result.render(out())
+        print(result.out)
 
 
 @app.command(name="eval")

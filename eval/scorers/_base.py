@@ -22,8 +22,8 @@ CODE_VERSION = "1"  # raise it when a change of this package changes a score
 ASSET = "asset:"
 HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.txt"]
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-# First digits of the sha256 of published files, as far as they were seen (spec/evaluators.md 7).
-KNOWN_SHA256 = {"sac+logos+ava1-l14-linearMSE.pth": "21dd590f"}
+# sha256 of published files, as far as they were seen (spec/evaluators.md 7 has the first digits).
+KNOWN_SHA256 = {"sac+logos+ava1-l14-linearMSE.pth": "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Picture = Image.Image | np.ndarray | torch.Tensor
@@ -45,6 +45,7 @@ class Scorer(ABC):
     path: str
     preprocess_id: str
     fingerprint: dict[str, str]
+    texts_encoded: int = 0  # prompts that went through the text tower so far
     weights_note: str = "unknown hash: not checked"  # whether the weights' sha256 was compared with a published one
     note: str = ""  # a convention that a report has to state, such as the letterbox filter of HPS
 

@@ -173,35 +173,53 @@ class LatentCache:
     ) -> None:
         """Columns that a method computes once for each row: ``compute`` maps a batch (visit 0, not mirrored) to (B,)
         tensors. They are stored beside the cache under ``made_by``, which says what they depend on besides it."""
-        by = {**made_by, "cache": self.fingerprint, "seed": str(seed)}
+
+        def columns(rows: Sequence[int]) -> Columns:
+            return compute(self.collate(self.items(rows), [0] * len(rows), seed))
+
+        found = self.table({**made_by, "seed": str(seed)}, columns, batch)
+        self.extra |= {name: values.numpy() for name, values in found.items()}
+
+    def table(
+        self, made_by: Mapping[str, str], compute: Callable[[Sequence[int]], Columns], batch: int
+    ) -> dict[str, Tensor]:
+        """Numbers of every row (n,), fp32: ``compute`` maps at most ``batch`` positions of one bucket to (B,) tensors.
+
+        What is stored under ``made_by`` and this cache is not computed again; the processes share the rest."""
+        by = {**made_by, "cache": self.fingerprint}
         keys = key_array(self._row_keys())
+        made: dict[str, Tensor] = {}
+
+        def take(rows: np.ndarray, values: Columns) -> None:
+            for name, column in values.items():
+                made.setdefault(name, torch.full((len(self),), math.nan))[torch.from_numpy(rows)] = column
 
         def columns(chosen: np.ndarray) -> Iterator[tuple[np.ndarray, Columns]]:
             for bucket in np.unique(self.places[chosen]):
                 mine = chosen[self.places[chosen] == bucket]
                 for start in range(0, len(mine), batch):
                     part = mine[start : start + batch]
-                    found = compute(self.collate(self.items(part.tolist()), [0] * len(part), seed))
-                    yield part, {k: v.detach().float().cpu() for k, v in found.items()}
+                    yield part, {k: v.detach().float().cpu() for k, v in compute(part.tolist()).items()}
 
         if self.root is None:
             for part, values in columns(np.arange(len(self))):
-                self._take_columns(part, values)
-            return
+                take(part, values)
+            return made
         store = Store(store_folder(self.root, "columns", by), by)
         self.refused += open_stores([store], self.ranks)
         missing = store.missing(keys)
         self.ranks.barrier()
         writer = ShardWriter(store, 4096)
         for part, values in columns(share(missing, self.ranks)):
-            writer.add([raw.tobytes().hex() for raw in keys[part]], dict(values))
+            writer.add([raw.tobytes().hex() for raw in keys[part]], values)
         self.encoded += writer.close()
         close_stores([(store, keys[missing])], self.ranks)
         for start in range(0, len(keys), 4096):
             part = np.arange(start, min(start + 4096, len(keys)))
             names = [raw.tobytes().hex() for raw in keys[part]]
             found = store.find(names)
-            self._take_columns(part, {k: torch.stack([found[n][k] for n in names]) for k in found[names[0]]})
+            take(part, {k: torch.stack([found[n][k] for n in names]) for k in found[names[0]]})
+        return made
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
@@ -211,10 +229,6 @@ class LatentCache:
         if self.rows.two_prompts:
             texts.setdefault("rejected_prompt", row.prompt)
         return texts
-
-    def _take_columns(self, rows: np.ndarray, values: Columns) -> None:
-        for name, column in values.items():
-            self.extra.setdefault(name, np.full(len(self), np.nan, np.float32))[rows] = column.numpy()
 
     def _sizes(self, entry: Mapping[str, Tensor]) -> Tensor:
         """(6,) as in `Item`; the last two follow from the latents."""

@@ -65,17 +65,19 @@ class Run:
 
     def pipeline(self, **options: Any) -> DiffusionPipeline:
         """The trained model as a plain diffusers pipeline."""
-        from diffusers import StableDiffusionPipeline
+        from diffusers import AutoencoderKL, DiffusionPipeline
 
-        from .families import fetch, open_folder
+        from .families import detect, fetch
         from .families.lora import find_lora
 
         model = self.recipe.model
         if model.storage == "copies":
-            return StableDiffusionPipeline.from_pretrained(self.model, **options)
-        base = open_folder(model.path, model.revision, model.variant)
+            return DiffusionPipeline.from_pretrained(self.model, **options)
+        base, _ = detect(model)
         fetch(base, model.revision)
-        pipe = StableDiffusionPipeline.from_pretrained(base.path, **{"variant": model.variant, **options})
+        if "vae" in base.replaced:
+            options.setdefault("vae", AutoencoderKL.from_pretrained(base.part("vae")))
+        pipe = DiffusionPipeline.from_pretrained(base.path, **{"variant": base.variant, **options})
         for lora in model.loras:
             pipe.load_lora_weights(str(find_lora(lora.path, lora.weight_name)))
             pipe.fuse_lora(lora_scale=lora.scale)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import UserError
 from ..facts import SamplingRecord
 from ..families import detect
-from ..families.base import DTYPE
+from ..families.base import DTYPE, load_part
 from ..families.folder import ModelFolder, fetch, hash_file
 from ..families.lora import find_lora, fuse_loras, load_lora
 from ..families.schedulers import make_scheduler, recorded_scheduler
@@ -48,7 +48,8 @@ def resolve(model: str, lora: str | None, revision: str | None, variant: str | N
         raise UserError(
             f"run '{model}' has a recipe.yaml without model.path; give the base as the model and --lora {model}"
         )
-    kept = {name: base[name] for name in ("path", "revision", "variant", "loras") if base.get(name)}
+    names = ("path", "family", "config", "vae", "revision", "variant", "loras")
+    kept = {name: base[name] for name in names if base.get(name)}
     return ModelRecipe.model_validate(kept), lora or model
 
 
@@ -94,18 +95,24 @@ def open_pipeline(
 def used(folder: ModelFolder) -> list[str]:
     """Components that sampling loads."""
     left_out = {"safety_checker", "feature_extractor", "image_encoder"}
-    return [name for name in folder.components() if name not in left_out and (folder.path / name).is_dir()]
+    return [name for name in folder.components() if name not in left_out and folder.part(name).is_dir()]
 
 
 def _from_pretrained(folder: ModelFolder, dtype: torch.dtype) -> DiffusionPipeline:
-    from diffusers import DiffusionPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline
     from diffusers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
     from transformers.utils import logging as transformers_logging
 
     # each component is asked, so that a missing or torn one is named
-    weights = [folder.weights(c) for c in used(folder) if (folder.path / c / "config.json").is_file()]
+    weights = [folder.weights(c) for c in used(folder) if (folder.part(c) / "config.json").is_file()]
     safe = all(found.safetensors for found in weights)
-    checker = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in folder.index else {}
+    options: dict[str, Any] = {}
+    if "safety_checker" in folder.index:
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    if folder.index.get("_class_name") == "StableDiffusionXLPipeline":
+        options["add_watermarker"] = False  # where its package is installed it would change pixels
+    if "vae" in folder.replaced:
+        options["vae"] = load_part(AutoencoderKL, folder, "vae", dtype)
     bars = is_progress_bar_enabled(), transformers_logging.is_progress_bar_enabled()
     disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -116,7 +123,7 @@ def _from_pretrained(folder: ModelFolder, dtype: torch.dtype) -> DiffusionPipeli
             variant=folder.variant,
             use_safetensors=True if safe else None,
             local_files_only=True,
-            **checker,
+            **options,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -235,7 +235,7 @@ def sample_model(
     images: list[Image.Image] = []
     with torch.no_grad():
         for rows in _chunks(range(len(ids)), batch):
-            part = cond.take(list(rows)).to(model.device)
+            part = model.sized(cond.take(list(rows)), height, width).to(model.device)
             noise = torch.stack([normal(shape, seed, "sample", ids[row], 0) for row in rows]).to(model.device)
             latents = denoiser.sample(partial(_called, call, part), noise, times)
             images += to_images(model.decode(latents, batch=min(2, batch)))

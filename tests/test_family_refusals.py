@@ -49,9 +49,7 @@ def transformer(folder: Path) -> None:
 BY_CONFIG = {
     "inpainting": (unet(in_channels=9), "an inpainting U-Net (9 input channels)"),
     "editing": (unet(in_channels=8), "an image-editing U-Net (8 input channels)"),
-    "sdxl": (sdxl, "not of a supported family yet: needs sdxl"),
     "refiner": (refiner, "is an SDXL refiner"),
-    "sd2": (unet(use_linear_projection=True), "not of a supported family yet: needs sd2"),
     "edm": (scheduler(_class_name="EDMDPMSolverMultistepScheduler", sigma_data=0.5), "is an EDM model"),
     "edm by sigma": (scheduler(sigma_data=0.5), "is an EDM model"),
     "lcm": (unet(time_cond_proj_dim=256), "guidance-distilled"),

@@ -37,8 +37,8 @@ PIXELS = 1 << 20  # that pass through the VAE together
 class Model:
     """A frozen base: U-Net in ``dtype``, VAE and text encoder in fp32, all on ``device``, in eval mode.
 
-    VAE and text encoder stay fp32 because their outputs are cached once and used thousands of times; ``model.vae_dtype``
-    lowers the VAE. ``zero_uncond``: the unconditional branch is zeros, not the encoded empty prompt.
+    VAE and text encoder stay fp32 because their outputs are cached once and used thousands of times;
+    ``model.vae_dtype`` lowers the VAE. ``zero_uncond``: the unconditional branch is zeros, not the encoded empty prompt.
     """
 
     zero_uncond: bool = False

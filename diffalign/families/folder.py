@@ -34,7 +34,8 @@ class Weights:
 
 @dataclass
 class ModelFolder:
-    """A model in the diffusers layout. ``index``, ``unet`` and ``scheduler`` are its JSON configs."""
+    """A model in the diffusers layout. ``index``, ``unet`` and ``scheduler`` are its JSON configs; ``replaced`` holds
+    the folders of components that come from elsewhere (``model.vae``)."""
 
     source: str
     path: Path
@@ -42,7 +43,12 @@ class ModelFolder:
     unet: Config
     scheduler: Config
     variant: str | None = None
+    replaced: dict[str, Path] = field(default_factory=dict)
     _hashes: dict[str, str] = field(default_factory=dict)
+
+    def part(self, component: str) -> Path:
+        """Where a component lies."""
+        return self.replaced.get(component, self.path / component)
 
     def components(self) -> list[str]:
         """Names of the components that model_index.json gives a class."""
@@ -50,14 +56,14 @@ class ModelFolder:
 
     def config(self, component: str, name: str = "config.json") -> Config:
         """The JSON config of a component; UserError when it is absent or no JSON."""
-        return read_json(self.path / component / name, self.source)
+        return read_json(self.part(component) / name, self.source)
 
     def weights(self, component: str) -> Weights:
         """Weight files of ``component``: the asked variant where it has one, safetensors before pickles.
 
         Raises UserError when there are none, a shard is missing, or a file is torn."""
         groups: dict[tuple[str | None, bool, int], list[Path]] = {}
-        for file in sorted(p for p in (self.path / component).glob("*") if p.is_file()):
+        for file in sorted(p for p in self.part(component).glob("*") if p.is_file()):
             match = WEIGHTS.match(file.name)
             if match:
                 shards = int(match["shards"] or 0)
@@ -95,7 +101,7 @@ class ModelFolder:
         return self._hashes[component]
 
     def _hash(self, component: str) -> str:
-        folder = self.path / component
+        folder = self.part(component)
         digest = hashlib.sha256()
         if not (folder / "config.json").is_file():
             for file in sorted(p for p in folder.iterdir() if p.is_file()):

@@ -1,33 +1,51 @@
-"""``train --plan``: phases, roles, parameters, steps, disk, and a memory estimate, before anything is trained."""
+"""``train --plan``: phases, roles, parameters, steps, disk, memory and time, before anything is trained."""
 
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from .data.cache import cache_plan
 from .data.files import cache_root
-from .families import pick_device
-from .recipe import Recipe
-from .setup import autocast_dtype, build_roles, load_base, make_method_of, read_rows
+from .data.layout import CachePlan
+from .data.store import free_bytes
+from .errors import UserError
+from .families import Model, ModelFolder, pick_device
+from .families.folder import HUB_ID
+from .families.known import SCHEDULE, Known, known_by, meta_network
+from .families.quantise import check_quantize
+from .memory import estimate
+from .recipe import ModelRecipe, Recipe
+from .setup import Rows, autocast_dtype, build_roles, load_base, make_method_of, read_rows
+from .shards import check_parallel
+from .simulate import META
 from .trainer import plan_slots
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}  # a parameter; Adafactor keeps rows and columns only
+REACHED = 0.4  # share of the rate of large matrix products that a training step reaches (assumed)
+ROOM = 0.95  # of a card's memory that a run may fill: a screen and other programs take some
 
 
 @dataclass
 class Plan:
-    """What a recipe would do. Bytes are of one process; ``memory_estimate`` leaves activations out and says so."""
+    """What a recipe would do. Bytes are of one process; memory and time are estimates."""
 
     name: str
     method: str
     phases: list[dict[str, Any]]
     roles: dict[str, int]
     base_parameters: int
+    parameters: dict[str, int]
+    weights_known: bool
     data: str
     rows: int
     steps: int
@@ -44,8 +62,14 @@ class Plan:
     cache_missing_bytes: int
     cache_free: int
     checkpoint_bytes: int
-    memory_estimate: dict[str, int]
-    long_prompts: int
+    memory: dict[str, Any]
+    card_bytes: int
+    fits: bool | None
+    flops_per_step: float
+    flops_per_second: float
+    seconds: float
+    long_prompts: int | None
+    notes: list[str]
 
     def json(self) -> dict[str, Any]:
         """Plain data."""
@@ -61,7 +85,9 @@ class Plan:
         for role, count in self.roles.items():
             table.add_row(f"role {role}", f"{count:,} trained parameters")
         table.add_row("base", f"{self.base_parameters:,} parameters in {self.base_dtype}, frozen")
-        table.add_row("rows", f"{self.data}; {self.long_prompts} prompts are cut by the text encoder")
+        table.add_row("networks", ", ".join(f"{name} {count:,}" for name, count in self.parameters.items()))
+        cut = "" if self.long_prompts is None else f"; {self.long_prompts} prompts are cut by the text encoder"
+        table.add_row("rows", self.data + cut)
         table.add_row("steps", f"{self.steps} of {self.batch} rows = {self.epochs:.2f} epochs")
         table.add_row("micro-batches", f"{self.accumulation} of {self.micro_batch} on this process")
         table.add_row("learning rate", self.lr)
@@ -70,9 +96,19 @@ class Plan:
         table.add_row("cache", f"{size(self.cache_bytes)} ({size(self.cache_missing_bytes)} to write)")
         table.add_row("free disk", size(self.cache_free))
         table.add_row("checkpoint", size(self.checkpoint_bytes))
-        for part, count in self.memory_estimate.items():
+        for part, count in self.memory["parts"].items():
             table.add_row(f"memory: {part}", size(count))
-        table.add_row("memory: activations", "not estimated; grow with micro_batch and resolution")
+        table.add_row("memory: activations", f"{size(self.memory['activations'])} at most in a micro-batch")
+        for activity, count in self.memory["activities"].items():
+            table.add_row(f"peak: {activity}", size(count))
+        card = f" of {size(self.card_bytes)}: {'fits' if self.fits else 'DOES NOT FIT'}" if self.card_bytes else ""
+        table.add_row("peak of the run", f"{size(self.memory['peak'])}{card} (an estimate)")
+        rate = f"{self.flops_per_step:.3g} operations a step at {REACHED * self.flops_per_second:.3g} a second"
+        table.add_row(
+            "time to train", f"{duration(self.seconds)} ({rate}, {REACHED:.0%} of the measured matrix product)"
+        )
+        for note in self.notes:
+            table.add_row("note", note)
         console.print(table)
 
 
@@ -86,33 +122,62 @@ def size(count: int) -> str:
     return f"{number:.3g} TB"
 
 
-def make_plan(recipe: Recipe, world: int = 1) -> Plan:
-    """Load the model and the rows' index, count, and train nothing.
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
+    """Read the model and the rows' index, count and simulate, and train nothing.
+
+    A model that is not on this machine is planned from the known configs of its family; nothing is downloaded.
+
+    Args:
+        card: bytes of the GPU that is planned for; 0 takes the one that is here, if any. With a card the plan is for
+            CUDA and bf16 whatever this machine has.
 
     Raises UserError for anything that training would refuse, and when the disk is too small for the cache."""
     method = make_method_of(recipe)
-    device = pick_device(recipe.train.device)
+    device = torch.device("cuda") if card else pick_device(recipe.train.device)
+    notes = check_plan(recipe)
     rows, report = read_rows(recipe.data, method.needs.batch)
-    model, dtype = load_base(recipe, device)
-    long_prompts = sum(n > 0 for n in model.token_overflow([row.prompt for row in rows]))
-    disk = cache_plan(rows, model, recipe.data, cache_root(recipe.data))
+    known = None if is_here(recipe.model) else known_by(recipe.model.path, recipe.model.family)
+    long_prompts = None
+    if known is None:
+        plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantize": "none"})})
+        real, _ = load_base(plain, pick_device("cpu"))
+        long_prompts = sum(n > 0 for n in real.token_overflow([row.prompt for row in rows]))
+        disk = cache_plan(rows, real, recipe.data, cache_root(recipe.data))
+        model = meta_model(real)
+    else:
+        model = known_model(known, recipe.model.path)
+        disk = known_cache(rows, model, known, recipe)
+        notes.append(f"the weights of '{recipe.model.path}' are not on this machine: counted from the known configs")
     if recipe.data.cache:
         disk.check()
-    base = sum(p.numel() for p in model.unet.parameters())
-    copies = recipe.model.storage == "copies"
-    roles = build_roles(model, method, recipe, dtype)
+    dtype = planned_dtype(recipe, device, bool(card))
+    autocast = (
+        torch.bfloat16 if card and recipe.train.precision == "auto" else autocast_dtype(recipe.train.precision, device)
+    )
+    networks = {"unet": model.unet, **dict(zip(encoder_names(model), model.encoders(), strict=True))}
+    parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    with torch.device(META):
+        roles = build_roles(model, method, recipe, dtype)
+    memory = estimate(model, method, roles, recipe, dtype, autocast, world, device.type == "cuda")
+    if not memory.whole:
+        notes.append(f"activations are of one trained and one reference call: {recipe.method.name} looks at numbers")
     trained = {role: sum(p.numel() for p in roles.parameters(role)) for role in roles.names}
-    total = sum(trained.values())
-    ema = 4 * total if recipe.train.ema else 0
-    state = OPTIMIZER_BYTES[recipe.train.optimizer] * total
     slots = plan_slots(method)
-    batch = recipe.train.batch
-    images = 2 * batch if method.needs.batch == "pair" else batch
-    calls = images * len(slots) * (2 if method.needs.reference else 1)
-    micro = min(recipe.train.micro_batch or batch, batch)
-    warmup = f", {recipe.train.warmup} warm-up steps" if recipe.train.warmup else ""
-    holds_base = method.needs.reference or not copies
-    autocast = autocast_dtype(recipe.train.precision, device)
+    batch, share = recipe.train.batch, math.ceil(recipe.train.batch / world)
+    micro = min(recipe.train.micro_batch or share, share)
+    here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() and not card else card
+    rate = matmul_rate(pick_device(recipe.train.device), autocast)
+    if card and not torch.cuda.is_available():
+        notes.append("the time is this machine's processor's, not the card's")
+    states = sum(count for part, count in memory.parts.items() if "gradients" not in part and "base" not in part)
     return Plan(
         name=recipe.name,
         method=f"{recipe.method.name} (arXiv {method.paper.arxiv})",
@@ -121,29 +186,150 @@ def make_plan(recipe: Recipe, world: int = 1) -> Plan:
             for p in method.phases
         ],
         roles=trained,
-        base_parameters=base,
+        base_parameters=parameters["unet"],
+        parameters=parameters,
+        weights_known=known is None,
         data=report.summary(),
         rows=len(rows),
         steps=recipe.train.steps,
         batch=batch,
         micro_batch=micro,
-        accumulation=math.ceil(math.ceil(batch / world) / micro),
+        accumulation=math.ceil(share / micro),
         epochs=recipe.train.steps * (slots[-1].fresh + 1) * batch / len(rows),
-        lr=f"{recipe.train.lr:g}, {recipe.train.schedule}{warmup}; not scaled by batch or processes",
+        lr=lr_text(recipe),
         precision=str(autocast).removeprefix("torch.") if autocast else "float32",
-        base_dtype=str(dtype).removeprefix("torch."),
-        device=str(device),
-        calls_per_step=calls,
+        base_dtype=quantised_name(recipe, dtype),
+        device=f"a card of {size(card)}" if card else str(device),
+        calls_per_step=memory.forward_rows * batch / share,
         cache_bytes=disk.bytes,
         cache_missing_bytes=disk.missing_bytes,
         cache_free=disk.free,
-        checkpoint_bytes=4 * total + state + ema,
-        memory_estimate={
-            "base (frozen)": base * dtype.itemsize if holds_base else 0,
-            "trained weights, fp32": 4 * total,
-            "gradients, fp32": 4 * total,
-            "optimiser": state,
-            "EMA": ema,
-        },
+        checkpoint_bytes=states * (world if recipe.train.parallel == "fsdp" else 1),
+        memory=memory.json(),
+        card_bytes=here,
+        fits=memory.peak <= ROOM * here if here else None,
+        flops_per_step=memory.flops,
+        flops_per_second=rate,
+        seconds=recipe.train.steps * memory.flops / (REACHED * rate),
         long_prompts=long_prompts,
+        notes=notes,
     )
+
+
+def check_plan(recipe: Recipe) -> list[str]:
+    """What training would refuse is refused; what only lacks on this machine is noted."""
+    notes = []
+    if recipe.model.quantize != "none":
+        if find_spec("bitsandbytes") is None and recipe.model.storage != "copies":
+            notes.append(
+                "model.quantize needs bitsandbytes, which is not installed here: pip install 'diffalign[8bit]'"
+            )
+        else:
+            check_quantize(recipe.model.quantize, recipe.model.storage)
+    if recipe.train.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        notes.append("train.optimizer=adamw8bit needs bitsandbytes, which is not installed here")
+    if recipe.train.parallel == "fsdp":
+        check_parallel(recipe, make_method_of(recipe))
+    return notes
+
+
+def planned_dtype(recipe: Recipe, device: torch.device, elsewhere: bool) -> torch.dtype:
+    """The number format of the frozen base; on a card that is not here ``auto`` is bf16."""
+    from .families import pick_dtype
+
+    return torch.bfloat16 if elsewhere and recipe.model.dtype == "auto" else pick_dtype(recipe.model.dtype, device)
+
+
+def lr_text(recipe: Recipe) -> str:
+    """The learning rate in words."""
+    warmup = f", {recipe.train.warmup} warm-up steps" if recipe.train.warmup else ""
+    return f"{recipe.train.lr:g}, {recipe.train.schedule}{warmup}; not scaled by batch or processes"
+
+
+def quantised_name(recipe: Recipe, dtype: torch.dtype) -> str:
+    """The base's number format in words."""
+    name = str(dtype).removeprefix("torch.")
+    return name if recipe.model.quantize == "none" else f"{recipe.model.quantize} (linear layers) and {name}"
+
+
+def is_here(model: ModelRecipe) -> bool:
+    """Whether a model is on this machine: a folder, a file, a built-in name, or a hub id in the local cache."""
+    path = model.path
+    if Path(path).expanduser().exists() or not HUB_ID.match(path) or Path(path).parent.is_dir():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(path, "model_index.json", revision=model.revision)
+    if isinstance(found, str):
+        return True
+    if known_by(path, model.family) is None:
+        raise UserError(
+            f"model '{path}' is not on this machine and --plan downloads nothing; set model.family=sd1, sd2 or sdxl to "
+            "plan it from the family's configs"
+        )
+    return False
+
+
+def encoder_names(model: Model) -> list[str]:
+    """Names of ``Model.encoders``."""
+    return ["vae", "text_encoder", "text_encoder_2"][: len(model.encoders())]
+
+
+class MetaModel(Model):
+    """A model without weights: what a plan asks of one."""
+
+    family = "meta"
+
+    def __init__(self, folder: ModelFolder, unet: nn.Module, encoders: tuple[nn.Module, ...]) -> None:
+        self.folder, self.source = folder, folder.source
+        self.unet, self.vae = unet.requires_grad_(False).eval(), encoders[0]  # type: ignore[assignment]
+        self.scheduler_config = dict(folder.scheduler)
+        self.device, self.dtype, self._encoders = META, torch.float32, encoders
+
+    def encoders(self) -> tuple[nn.Module, ...]:
+        """VAE first, then the text encoders."""
+        return self._encoders
+
+
+def meta_model(model: Model) -> MetaModel:
+    """The same networks without memory."""
+    with torch.device(META):
+        unet, vae = (type(part).from_config(part.config) for part in (model.unet, model.vae))
+        texts = [type(part)(part.config) for part in model.encoders()[1:]]  # type: ignore[call-arg, arg-type]
+    return MetaModel(model.folder, unet, (vae, *texts))
+
+
+def known_model(known: Known, source: str) -> MetaModel:
+    """A family's base model from its known configs."""
+    schedule = SCHEDULE | {"prediction_type": known.prediction}
+    folder = ModelFolder(source, Path(source), {}, known.unet, schedule)
+    names = [name for name in known.networks if name != "unet"]
+    return MetaModel(folder, meta_network(known), tuple(meta_network(known, name) for name in names))
+
+
+def known_cache(rows: Rows, model: Model, known: Known, recipe: Recipe) -> CachePlan:
+    """What the cache of these rows takes, by shapes; nothing of it is there yet."""
+    data, root = recipe.data, cache_root(recipe.data)
+    side = data.resolution or model.default_resolution
+    height, width = model.latent_size(side, side)
+    pictures = sum(len(row.images) for row in rows) * (2 if data.flip else 1)
+    prompts = len({text for row in rows for text in row.prompts.values()}) + 2
+    text = 4 * (known.tokens * known.unet["cross_attention_dim"] + known.pooled) + 40
+    count = pictures * (4 * height * width * (6 if data.posterior == "sample" else 4) + 76) + prompts * text
+    return CachePlan(root, pictures, prompts, count, count, free_bytes(root))
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype | None, seconds: float = 0.2) -> float:
+    """Floating-point operations a second of large matrix products on this device, measured."""
+    side = 4096 if device.type == "cuda" else 512
+    a = torch.randn(side, side, device=device, dtype=dtype if device.type == "cuda" else None)
+    rounds, spent = 1, 0.0
+    while spent < seconds:  # the first rounds warm up
+        rounds *= 2
+        started = time.perf_counter()
+        for _ in range(rounds):
+            torch.mm(a, a)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        spent = time.perf_counter() - started
+    return 2.0 * side**3 * rounds / spent

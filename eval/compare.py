@@ -1,4 +1,6 @@
-"""Compare two score files: paired win rates with intervals and tests, or a refusal that says why."""
+"""Compare two score files: paired win rates with intervals and tests, or a refusal that says why.
+
+More than two: :mod:`.study`, which is made of these."""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 MIN_DRAWS = 2000
-SAME_SETTINGS = ("steps", "guidance", "scheduler", "height", "width", "seed", "negative_prompt")
+SAME_SETTINGS = ("steps", "guidance", "scheduler", "height", "width", "negative_prompt")
+ALLOW = ("sampling", "seeds")  # differences that a person may wave through
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,7 @@ def compare(
     level: float = LEVEL,
     draws: int = DRAWS,
     seed: int = SEED,
+    allow: Iterable[str] = (),
 ) -> Comparison:
     """Paired comparison of two score files, or of folders that hold one each.
 
@@ -178,26 +182,50 @@ def compare(
     Args:
         scorers: names; None takes all that both files have.
         in_loop: scorers that were used in training; they are marked.
+        allow: of `ALLOW`; such differences become a note instead of a refusal.
 
     Raises:
-        UserError: no scorer in common, other fingerprints, other prompts, or nothing left to pair.
+        UserError: no scorer in common, other fingerprints, prompts, seeds or sampling, or nothing left to pair.
     """
+    first, second = read_score_file(a), read_score_file(b)
+    left, right = sides_of([first, second], labels)
+    found = compare_files(first, second, (left, right), scorers, set(in_loop), level, draws, seed, allow)
+    return with_holm([found])[0]
+
+
+def compare_files(
+    first: ScoreFile,
+    second: ScoreFile,
+    sides: tuple[Side, Side],
+    scorers: Sequence[str] | None,
+    in_loop: set[str],
+    level: float,
+    draws: int,
+    seed: int,
+    allow: Iterable[str],
+    details: bool = True,
+) -> Comparison:
+    """:func:`compare` of files that were read, without Holm's correction; ``details`` False leaves out categories and
+    parts."""
     if not 0 < level < 1 or draws < MIN_DRAWS:
         raise UserError(f"level must lie between 0 and 1 and draws be at least {MIN_DRAWS}; got {level} and {draws}")
-    first, second = read_score_file(a), read_score_file(b)
+    allowed = set(allow)
+    for name in allowed.difference(ALLOW):
+        raise UserError(f"unknown difference '{name}' to allow{nearest(name, ALLOW)}")
     names = _common_scorers(first, second, scorers)
     notes = _check_prompts(first, second)
-    sides = _sides(first, second, labels)
-    notes += _check_sampling(*sides)
-    looped = set(in_loop)
-    found = [_one(first, second, name, name in looped, level, draws, seed) for name in names]
-    adjusted = holm([s.overall.sign_p for s in found])
-    found = [replace(s, holm_p=p) for s, p in zip(found, adjusted, strict=True)]
+    notes += _check_sampling(*sides, "sampling" in allowed)
+    if _seeds_differ(first.rows, second.rows):
+        if "seeds" not in allowed:
+            raise UserError(
+                f"seeds differ between '{first.path}' and '{second.path}': pairs would not start from the same noise; "
+                "sample both with the same --seed, or say --allow seeds"
+            )
+        notes.append("seeds differ between the two sides: pairs do not start from the same noise")
+    found = [_one(first, second, name, name in in_loop, level, draws, seed, details) for name in names]
     lost = max(s.dropped for s in found)
     if lost:
         notes.append(f"{lost} prompts were dropped on both sides: an image or a score is missing on one of them")
-    if _seeds_differ(first.rows, second.rows):
-        notes.append("seeds differ between the two sides: pairs do not start from the same noise")
     return Comparison(
         a=sides[0],
         b=sides[1],
@@ -209,6 +237,13 @@ def compare(
         seed=seed,
         notes=notes,
     )
+
+
+def with_holm(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """The same with Holm's correction over all their scorers as one family."""
+    flat = [s.overall.sign_p for c in comparisons for s in c.scorers]
+    adjusted = iter(holm(flat))
+    return [replace(c, scorers=[replace(s, holm_p=next(adjusted)) for s in c.scorers]) for c in comparisons]
 
 
 def _common_scorers(a: ScoreFile, b: ScoreFile, wanted: Sequence[str] | None) -> list[str]:
@@ -257,28 +292,38 @@ def _check_prompts(a: ScoreFile, b: ScoreFile) -> list[str]:
     return []
 
 
-def _check_sampling(a: Side, b: Side) -> list[str]:
+def _check_sampling(a: Side, b: Side, allowed: bool) -> list[str]:
     one, two = (s.sampling.get("settings") or {} for s in (a, b))
     if not isinstance(one, dict) or not isinstance(two, dict) or not one or not two:
         return []
     odd = [key for key in SAME_SETTINGS if one.get(key) != two.get(key)]
-    return ["sampling differs: " + ", ".join(f"{k} {one.get(k)} and {two.get(k)}" for k in odd)] if odd else []
-
-
-def _sides(a: ScoreFile, b: ScoreFile, labels: tuple[str, str] | None) -> tuple[Side, Side]:
-    if labels is None:
-        names = [f.path.parent.name if f.path.stem == "scores" else f.path.stem for f in (a, b)]
-        if names[0] == names[1]:
-            names = [f"{f.path.parent.name}/{f.path.stem}" for f in (a, b)]
-        labels = (names[0], names[1]) if names[0] != names[1] else ("A", "B")
-    first, second = (
-        Side(label, f.path, f.path.parent / (f.meta.folder or "."), f.meta.sampling)
-        for f, label in zip((a, b), labels, strict=True)
+    if not odd:
+        return []
+    what = ", ".join(f"{k} {one.get(k)} and {two.get(k)}" for k in odd)
+    if allowed:
+        return [f"sampling differs between {a.label} and {b.label}: {what}"]
+    raise UserError(
+        f"sampling differs between {a.label} and {b.label}: {what}; sample both alike, or say --allow sampling"
     )
-    return first, second
 
 
-def _one(a: ScoreFile, b: ScoreFile, name: str, in_loop: bool, level: float, draws: int, seed: int) -> ScorerComparison:
+def sides_of(files: Sequence[ScoreFile], labels: Sequence[str] | None) -> list[Side]:
+    """A side for each file; labels from folders' names where none are given."""
+    if labels is None:
+        labels = [f.path.parent.name if f.path.stem == "scores" else f.path.stem for f in files]
+        if len(set(labels)) < len(labels):
+            labels = [f"{f.path.parent.parent.name}/{f.path.parent.name}" for f in files]
+        if len(set(labels)) < len(labels):
+            labels = [chr(ord("A") + i % 26) + str(i // 26 or "") for i in range(len(files))]
+    return [
+        Side(label, f.path, f.path.parent / (f.meta.folder or "."), f.meta.sampling)
+        for f, label in zip(files, labels, strict=True)
+    ]
+
+
+def _one(
+    a: ScoreFile, b: ScoreFile, name: str, in_loop: bool, level: float, draws: int, seed: int, details: bool
+) -> ScorerComparison:
     one, two = ({(r.id, r.k): r for r in side.rows if r.scorer == name} for side in (a, b))
     both_k = {k for _, k in one} & {k for _, k in two}
     groups: dict[str, list[int]] = {}
@@ -303,9 +348,9 @@ def _one(a: ScoreFile, b: ScoreFile, name: str, in_loop: bool, level: float, dra
     strata = list(kinds.values()) if len(counts) > 1 and min(counts.values()) > 1 else None
     categories = {
         str(kind): _paired([found for i, found in pairs.items() if kinds[i] == kind], level, draws, seed)
-        for kind in (counts if len(counts) > 1 else ())
+        for kind in (counts if details and len(counts) > 1 else ())
     }
-    part_names = list(next(iter(parts.values()))[0][0])
+    part_names = list(next(iter(parts.values()))[0][0]) if details else []
     by_part = {
         key: paired(
             [[x[key] for x, _ in p] for p in parts.values()],

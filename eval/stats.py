@@ -7,12 +7,13 @@ d_i = mean_k d_ik, and w_i = mean_k of 1, 1/2, 0 for a win, a tie, a loss of A.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
 DRAWS = 10_000
+RATING_DRAWS = 2_000
 SEED = 20_240_229
 LEVEL = 0.95
 CHUNK = 4_000_000  # drawn indices held at once
@@ -184,6 +185,72 @@ class Paired:
     tied: int
     sign_p: float
     flip_p: float
+
+    def mirrored(self) -> Paired:
+        """B against A."""
+        gain, win = self.gain_interval, self.win_interval
+        return replace(
+            self,
+            mean_a=self.mean_b,
+            mean_b=self.mean_a,
+            median_a=self.median_b,
+            median_b=self.median_a,
+            gain=-self.gain,
+            gain_interval=Interval(-gain.high, -gain.low, gain.kind),
+            effect=None if self.effect is None else -self.effect,
+            win_rate=1 - self.win_rate,
+            win_interval=Interval(1 - win.high, 1 - win.low, win.kind),
+            won=self.lost,
+            lost=self.won,
+        )
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over prompts with its bootstrap interval, and how many prompts had a score."""
+
+    value: float
+    interval: Interval
+    prompts: int
+
+    @staticmethod
+    def of(values: np.ndarray, level: float = LEVEL, draws: int = DRAWS, seed: int = SEED) -> Mean:
+        """Of one value a prompt, (n,)."""
+        return Mean(float(np.mean(values)), bootstrap(values, level, draws, seed), len(values))
+
+
+def bradley_terry(wins: np.ndarray, prior: float = 0.0, rounds: int = 2000) -> np.ndarray:
+    """Strengths (..., m) from ``wins`` (..., m, m), wins of i over j; ties count one half on both sides.
+
+    Bradley and Terry 1952, by Hunter's MM iterations (2004): on the scale of chess ratings (400 log10), with mean 0.
+    ``prior`` half-wins each way for every pair keep a model finite that wins or loses everything."""
+    wins = np.asarray(wins, np.float64)
+    m = wins.shape[-1]
+    wins = (wins + prior) * (1 - np.eye(m))
+    games, won = wins + np.swapaxes(wins, -1, -2), wins.sum(-1)
+    strength = np.ones(wins.shape[:-1])
+    for _ in range(rounds):
+        sums = strength[..., :, None] + strength[..., None, :]
+        new = won / np.maximum((games / sums).sum(-1), 1e-300)
+        new /= np.exp(np.log(np.maximum(new, 1e-300)).mean(-1, keepdims=True))
+        change = np.abs(new - strength).max()
+        strength = new
+        if change < 1e-10:
+            break
+    return 400 * np.log10(np.maximum(strength, 1e-300))
+
+
+def ratings(
+    wins: np.ndarray, level: float = LEVEL, draws: int = RATING_DRAWS, seed: int = SEED
+) -> list[tuple[float, Interval]]:
+    """Bradley-Terry ratings from ``wins`` (n, m, m), the share of seeds of prompt n that i wins over j; percentile
+    intervals by resampling prompts, all pairs of a prompt together. Half a win each way is added to every pair."""
+    n, m = wins.shape[:2]
+    centre = bradley_terry(wins.sum(0), prior=0.5)
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=draws)
+    drawn = bradley_terry((counts @ wins.reshape(n, -1)).reshape(draws, m, m), prior=0.5)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return [(float(centre[i]), Interval(float(low[i]), float(high[i]), "percentile")) for i in range(m)]
 
 
 def paired(

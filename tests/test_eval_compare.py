@@ -145,13 +145,15 @@ def test_other_scorers_are_refused(tmp_path: Path) -> None:
         compare(a, a, draws=100)
 
 
-def test_other_sampling_is_said(tmp_path: Path) -> None:
+def test_other_sampling_and_seeds_are_refused_unless_allowed(tmp_path: Path) -> None:
     a = write(tmp_path / "a", 1.0)
-    b = write(
-        tmp_path / "b",
-        0.0,
-        change=lambda r: replace(r, seed=3),
-        sampling={"settings": {"steps": 50, "guidance": 7.5, "seed": 3}},
-    )
-    notes = compare(a, b).notes
-    assert any("steps 20 and 50" in n for n in notes) and any("same noise" in n for n in notes)
+    steps = write(tmp_path / "steps", 0.0, sampling={"settings": {"steps": 50, "guidance": 7.5, "seed": 7}})
+    with pytest.raises(UserError, match=r"sampling differs between a and steps: steps 20 and 50; .* --allow sampling"):
+        compare(a, steps)
+    assert any("steps 20 and 50" in n for n in compare(a, steps, allow=["sampling"]).notes)
+    seeds = write(tmp_path / "seeds", 0.0, change=lambda r: replace(r, seed=3))
+    with pytest.raises(UserError, match=r"seeds differ .* --allow seeds"):
+        compare(a, seeds)
+    assert any("same noise" in n for n in compare(a, seeds, allow=["seeds"]).notes)
+    with pytest.raises(UserError, match="did you mean 'seeds'"):
+        compare(a, seeds, allow=["seed"])

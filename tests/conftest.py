@@ -17,7 +17,9 @@ os.environ["DIFFALIGN_CACHE"] = tempfile.mkdtemp(prefix="diffalign-tests-")
 
 import pytest
 import torch
+import torchvision_hook
 
+torchvision_hook.load()  # before transformers or diffusers look for it
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
@@ -47,3 +49,13 @@ def tiny_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SDXL pipeline in the diffusers layout, shared by the session: read it, never write into it."""
+    from tiny import tiny_sdxl_pipeline
+
+    folder = tmp_path_factory.mktemp("tiny-sdxl")
+    tiny_sdxl_pipeline().save_pretrained(folder)
+    return folder

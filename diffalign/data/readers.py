@@ -11,16 +11,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic
 
 import numpy as np
 
 from ..errors import UserError, nearest
 from ..keyed import generator
 from ..recipe import DataRecipe
+from .files import cache_root
 from .filters import Filters, Names, number_of
 from .images import ImageError
 from .rows import BadRow, ImageRef, ImageRow, ImageSet, PairRow, PairSet, Report, digest_of
+from .rowtable import ImageRows, PairRows, R
 from .scan import KEEP_FROM, SAVE_EVERY, Look, Scanner
 from .table import Table
 from .tables import open_table
@@ -45,6 +48,15 @@ class Draft:
         return BadRow(self.place, reason, detail, self.prompts[0], self.refs)
 
 
+@dataclass(frozen=True)
+class Reading(Generic[R]):
+    """Rows as they are read. ``report`` is complete after the last one."""
+
+    table: Table
+    report: Report
+    rows: Iterator[R]
+
+
 class _BadValue(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -66,22 +78,33 @@ def read_pairs(recipe: DataRecipe, progress: Progress | None = None) -> PairSet:
     Raises:
         UserError: no such data, a column is missing, nothing usable, or a flaw under ``strict``.
     """
-    table = table_of(recipe)
+    reading = open_pairs(recipe, progress)
+    rows = PairRows(reading.table, row_folder(recipe))
+    rows.extend(reading.rows)
+    return PairSet(rows, reading.report)
+
+
+def open_pairs(recipe: DataRecipe, progress: Progress | None = None, table: Table | None = None) -> Reading[PairRow]:
+    """The same, one after another; what :func:`read_pairs` raises at its end comes after the last row."""
+    table = table or table_of(recipe)
     columns = PairColumns.of(table)
     report = Report(table.label, table.format)
-    filters, names = Filters(recipe), Names()
-    rows: list[PairRow] = []
-    for draft, looks in _walk(table, columns.images, columns.draft, recipe, report, progress):
-        row = make_pair(draft, looks, recipe, filters, names)
-        if isinstance(row, BadRow):
-            report.bad.append(row)
-            continue
-        rows.append(row)
-        report.ties_kept += row.tie
-        if len(rows) == recipe.max_pairs:
-            break
-    settle(report, len(rows), recipe, "pair")
-    return PairSet(rows, report)
+
+    def rows() -> Iterator[PairRow]:
+        filters, names = Filters(recipe), Names()
+        for draft, looks in _walk(table, columns.images, columns.draft, recipe, report, progress):
+            row = make_pair(draft, looks, recipe, filters, names)
+            if isinstance(row, BadRow):
+                report.bad.append(row)
+                continue
+            report.usable += 1
+            report.ties_kept += row.tie
+            yield row
+            if report.usable == recipe.max_pairs:
+                break
+        settle(report, report.usable, recipe, "pair")
+
+    return Reading(table, report, rows())
 
 
 def read_images(recipe: DataRecipe, progress: Progress | None = None) -> ImageSet:
@@ -92,7 +115,15 @@ def read_images(recipe: DataRecipe, progress: Progress | None = None) -> ImageSe
     Raises:
         UserError: as :func:`read_pairs`.
     """
-    table = table_of(recipe)
+    reading = open_images(recipe, progress)
+    rows = ImageRows(reading.table, row_folder(recipe))
+    rows.extend(reading.rows)
+    return ImageSet(rows, reading.report)
+
+
+def open_images(recipe: DataRecipe, progress: Progress | None = None, table: Table | None = None) -> Reading[ImageRow]:
+    """The same, one after another; what :func:`read_images` raises at its end comes after the last row."""
+    table = table or table_of(recipe)
     prompt = _column(table, ("prompt", "caption", "text"))
     image = _column(table, ("file_name", "image"))
     ids = _own_ids(table)
@@ -107,21 +138,28 @@ def read_images(recipe: DataRecipe, progress: Progress | None = None) -> ImageSe
             (_number(table, i, "score"),),
         )
 
-    rows: list[ImageRow] = []
-    filters, names = Filters(recipe), Names()
-    for found, (look,) in _walk(table, (image,), draft, recipe, report, progress):
-        content = digest_of(found.prompts[0].encode(), look.digest.encode())[:20]
-        flaw = ("duplicate", "") if recipe.duplicates == "skip" and content in names else None
-        flaw = flaw or filters.refuse_one(found.prompts[0], look)
-        if flaw:
-            report.bad.append(found.bad(*flaw))
-            continue
-        name = names.take(content)
-        rows.append(ImageRow(found.id or name, found.prompts[0], look.apply(found.refs[0]), found.scores[0]))
-        if len(rows) == recipe.max_pairs:
-            break
-    settle(report, len(rows), recipe, "picture")
-    return ImageSet(rows, report)
+    def rows() -> Iterator[ImageRow]:
+        filters, names = Filters(recipe), Names()
+        for found, (look,) in _walk(table, (image,), draft, recipe, report, progress):
+            content = digest_of(found.prompts[0].encode(), look.digest.encode())[:20]
+            flaw = ("duplicate", "") if recipe.duplicates == "skip" and content in names else None
+            flaw = flaw or filters.refuse_one(found.prompts[0], look)
+            if flaw:
+                report.bad.append(found.bad(*flaw))
+                continue
+            name = names.take(content)
+            report.usable += 1
+            yield ImageRow(found.id or name, found.prompts[0], look.apply(found.refs[0]), found.scores[0])
+            if report.usable == recipe.max_pairs:
+                break
+        settle(report, report.usable, recipe, "picture")
+
+    return Reading(table, report, rows())
+
+
+def row_folder(recipe: DataRecipe) -> Path | None:
+    """Where rows go that memory should not hold: beside the cache; None is the system's temporary folder."""
+    return cache_root(recipe) / "rows" if recipe.cache else None
 
 
 def table_of(recipe: DataRecipe) -> Table:
@@ -257,6 +295,14 @@ class PairColumns:
             images = _column(table, ("chosen", "chosen_file_name")), _column(table, ("rejected", "rejected_file_name"))
             scores = ("chosen_score", "rejected_score")
         return PairColumns(table, prompt, images, scores, pick, _own_ids(table))
+
+    def fields(self) -> list[str]:
+        """The optional plain columns that rows of this table can have values in, under the names of a pair."""
+        has = set(self.table.columns)
+        found = ["rejected_prompt"] if "rejected_prompt" in has else []
+        if self.scores[0] in has and self.scores[1] in has:
+            found += ["chosen_score", "rejected_score"]
+        return found + (["tie"] if self.pick or has & {"tie", "label"} else [])
 
     def draft(self, i: int) -> Draft:
         """Raises ImageError or _BadValue for a row that cannot be read."""

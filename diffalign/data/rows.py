@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,13 +62,15 @@ class ImageRef:
     digest: str = ""
     size: tuple[int, int] | None = None
 
+    def locate(self) -> bytes | Path:
+        """The encoded bytes, or the file that holds them. Raises ImageError when neither is there."""
+        if isinstance(self.source, Cell):
+            return self.source.table.image(self.source.row, self.source.column)
+        return self.source
+
     def read(self) -> bytes:
         """The encoded bytes. Raises ImageError when they are missing."""
-        found = (
-            self.source.table.image(self.source.row, self.source.column)
-            if isinstance(self.source, Cell)
-            else self.source
-        )
+        found = self.locate()
         return read_file(found) if isinstance(found, Path) else found
 
     def load(self, alpha: Alpha = "white") -> Image.Image:
@@ -202,7 +205,7 @@ class Report:
 class PairSet:
     """Usable pairs and the account of the others."""
 
-    rows: list[PairRow]
+    rows: Sequence[PairRow]
     report: Report
 
 
@@ -210,5 +213,5 @@ class PairSet:
 class ImageSet:
     """Usable captioned pictures and the account of the others."""
 
-    rows: list[ImageRow]
+    rows: Sequence[ImageRow]
     report: Report

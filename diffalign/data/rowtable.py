@@ -20,7 +20,8 @@ import pyarrow as pa
 
 from .files import make_folder
 from .images import ImageError
-from .rows import Cell, ImageRef, ImageRow, PairRow
+from .keyindex import first_places, key_array
+from .rows import Cell, ImageRef, ImageRow, PairRow, digest_of
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -204,6 +205,13 @@ class Packed(Sequence[R], Generic[R]):
             for start in range(0, len(batch), 256):  # a batch as objects would be some megabytes
                 yield from map(self._row, batch.slice(start, 256).to_pylist())
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence):
+            return NotImplemented
+        return len(self) == len(other) and all(map(operator.eq, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
     def _ref(self, values: dict[str, Any], side: str) -> ImageRef:
         column, path = values[f"{side}_column"], values[f"{side}_path"]
         width, height = values[f"{side}_width"], values[f"{side}_height"]
@@ -252,6 +260,15 @@ class Packed(Sequence[R], Generic[R]):
             both = [batch.column(f"{side}_{name}").fill_null(0).to_numpy() for name in ("width", "height")]
             parts.append(np.stack(both, 1))
         return np.concatenate(parts)
+
+    def distinct_prompts(self) -> Iterator[list[str]]:
+        """Every prompt once, some thousands at a time."""
+        first = first_places(key_array(digest_of(text.encode()) for text in Column(self, "prompt")))
+        start = 0
+        for batch in self.batches():
+            mine = first[np.searchsorted(first, start) : np.searchsorted(first, start + len(batch))] - start
+            yield batch.column("prompt").take(pa.array(mine)).to_pylist()
+            start += len(batch)
 
     def update_hash(self, digest: _Hash) -> None:
         """Feed ids, pictures and prompts, in order, to a hash."""

@@ -53,7 +53,7 @@ class ParquetTable(Table):
             self.starts.append(rows)
         super().__init__("parquet", str(label), files[0].parent, columns, rows)
         self.stamps = [file_stamp(file) for file in self.files]
-        self.kept: Kept[pyarrow.Array] = Kept(KEPT_BYTES, lambda array: array.nbytes)
+        self.kept: Kept[pyarrow.ChunkedArray] = Kept(KEPT_BYTES, lambda array: array.nbytes)
         self.cursors: dict[tuple[int, str], tuple[int, int, Iterator[Any]]] = {}
 
     def signature(self) -> str:
@@ -83,12 +83,13 @@ class ParquetTable(Table):
         return number, row - self.starts[number]
 
     def _reader(self, number: int) -> Any:
+        return self.readers.get(number) or self.readers.put(number, self._opened(number))
+
+    def _opened(self, number: int, metadata: Any = None) -> Any:
         import pyarrow.parquet as pq
 
         # a buffer keeps a large column chunk from being read whole
-        return self.readers.get(number) or self.readers.put(
-            number, pq.ParquetFile(self.files[number], buffer_size=1 << 20, pre_buffer=False)
-        )
+        return pq.ParquetFile(self.files[number], metadata=metadata, buffer_size=1 << 20, pre_buffer=False)
 
     def _cell(self, row: int, column: str, reason: str) -> Any:
         """A value as plain Python. Raises ImageError where the file is damaged."""
@@ -118,23 +119,32 @@ class ParquetTable(Table):
         )
         return max(1, meta.num_rows if size <= BLOCK_BYTES else meta.num_rows * BLOCK_BYTES // (2 * size))
 
-    def _block(self, number: int, group: int, column: str, block: int, step: int) -> pyarrow.Array:
+    def _block(self, number: int, group: int, column: str, block: int, step: int) -> pyarrow.ChunkedArray:
         key = (number, group, column)
         found = self.kept.get((*key, block))
         if found is not None:
             return found
-        at_group, at, batches = self.cursors.get((number, column), (-1, 0, iter(())))
+        if step == self.groups[number][group + 1] - self.groups[number][group]:
+            return self.kept.put((*key, 0), self._reader(number).read_row_group(group, columns=[column]).column(0))
+        at_group, at, batches = self.cursors.pop((number, column), (-1, 0, iter(())))
         if at_group != group or at > block:
-            options = {"batch_size": step, "row_groups": [group], "columns": [column]}
-            at, batches = 0, self._reader(number).iter_batches(**options)
+            # a reader of its own: two iterations over one reader disturb each other
+            reader = self._opened(number, self._reader(number).metadata)
+            at, batches = 0, reader.iter_batches(batch_size=step, row_groups=[group], columns=[column])
         while at <= block:
-            found = self.kept.put((*key, at), next(batches).column(0))
+            found = self.kept.put((*key, at), _batch(batches))
             at += 1
         self.cursors[number, column] = (group, at, batches)
         if len(self.cursors) > FILES_OPEN:  # of files that were read to their end
             self.cursors.pop(next(iter(self.cursors)))
         assert found is not None
         return found
+
+
+def _batch(batches: Iterator[Any]) -> Any:
+    import pyarrow as pa
+
+    return pa.chunked_array([next(batches).column(0)])
 
 
 def _holds_pictures(kind: pyarrow.DataType) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ KEPT_BYTES = 256 * 2**20
 V = TypeVar("V")
 
 
-class Table:
+class Table(ABC):
     """Rows with named columns. Access is cheap in any order unless a format says otherwise, and safe from threads.
 
     ``columns`` are the names that are known from the start; ``total`` is the number of rows, None where only reading to
@@ -41,9 +42,9 @@ class Table:
         """Where a person finds the row."""
         return f"{self.label} row {row}"
 
+    @abstractmethod
     def value(self, row: int, column: str) -> Any:
-        """A value that is no picture; None where the column or the value is missing. Raises ImageError when damaged."""
-        raise KeyError(column)
+        """What a cell holds; None where the column or the value is missing. Raises ImageError when it is damaged."""
 
     def holds_bytes(self, column: str) -> bool:
         """Whether the column holds pictures themselves, not their paths."""

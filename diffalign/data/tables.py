@@ -15,7 +15,7 @@ from .webdataset import WebDatasetTable, expand
 
 __all__ = ["Table", "open_table", "read_text_table"]
 
-METADATA = ("metadata.jsonl", "metadata.csv")
+METADATA = ("metadata.jsonl", "metadata.csv", "pairs.jsonl", "pairs.csv")
 SAVED = ("dataset_info.json", "dataset_dict.json")
 HUB_ID = re.compile(r"(hf://(datasets/)?)?[\w-][\w.-]*/[\w-][\w.-]*")
 # By suffix: what reads a single file, as data.format calls it.

@@ -20,10 +20,17 @@ PIPELINES = {"sdxl": "StableDiffusionXLPipeline"}  # every other family: StableD
 
 @dataclass(frozen=True)
 class Place:
-    """Where the weights lie for the reader of the card: a path or hub id, and the file's name of a kohya LoRA."""
+    """Where the weights lie for the reader of the card: a path or hub id, and the file's name of a kohya LoRA.
+
+    ``shared``: the reader has other folders than this machine, so paths are not shown."""
 
     path: str = HERE
     weights: str = "pytorch_lora_weights.safetensors"
+    shared: bool = False
+
+    def shown(self, path: str) -> str:
+        """A model's path, or where its reader shall put it."""
+        return f"PATH/OF/{Path(path).name}" if self.shared and not is_hub_id(path) else path
 
 
 def call_of(source: str, **options: str | None) -> str:
@@ -79,9 +86,9 @@ def card(facts: Facts, form: Literal["lora", "pipeline", "kohya"], place: Place 
     """The model card as Markdown. ``form`` is what the folder holds: a diffusers LoRA, a pipeline, or a kohya LoRA."""
     place = place or Place()
     model = facts.recipe.get("model") or {}
-    base = local_path(facts.base or "PATH/OF/THE/BASE")
-    loras = model.get("loras") or []
-    vae = model.get("vae")
+    base = place.shown(facts.base or "THE/BASE") if place.shared or not facts.base else local_path(facts.base)
+    loras = [{**entry, "path": place.shown(entry["path"])} for entry in model.get("loras") or []]
+    vae = place.shown(model["vae"]) if model.get("vae") else None
     pipeline = PIPELINES.get(facts.family or "", "StableDiffusionPipeline")
     lora = form != "pipeline"
     validate = facts.recipe.get("validate") or {}

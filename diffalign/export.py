@@ -31,7 +31,7 @@ def export_run(parts: Parts, trainer: Trainer, run: Run) -> Path:
     with averaged(trainer):
         if roles.lora is not None:
             state = adapter_state(roles.state_dict("student"), "student")
-            save_lora(parts.model, state, roles.lora, folder)
+            save_lora(state, roles.lora, folder)
             if recipe.output.merged:
                 save_merged(parts.model, run.dir / "merged", lora=(state, roles.lora), record=record)
         else:

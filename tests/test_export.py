@@ -71,7 +71,7 @@ def test_a_lora_draws_the_same_image(
     roles, config = trained(model, targets, rank, alpha, **options)
     live, base = draw_live(model, roles, "student"), draw_live(model, roles, "base")
     assert np.abs(live - base).max() > 0.05, "the adapter must be seen, else nothing is tested"
-    file = save_lora(model, adapter(model, "student"), config, tmp_path, {"method": "dpo"})
+    file = save_lora(adapter(model, "student"), config, tmp_path, {"method": "dpo"})
     assert [p.name for p in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
 
     reloaded = StableDiffusionPipeline.from_pretrained(tiny_model_folder)
@@ -113,7 +113,7 @@ def test_alpha_is_not_lost(tmp_path: Path, tiny_model_folder: Path) -> None:
     other = LoraConfig(r=4, lora_alpha=8.0, target_modules=config.target_modules)
     images = []
     for name, settings in (("a", config), ("b", other)):
-        save_lora(model, adapter(model, "student"), settings, tmp_path / name)
+        save_lora(adapter(model, "student"), settings, tmp_path / name)
         pipeline = StableDiffusionPipeline.from_pretrained(tiny_model_folder)
         pipeline.load_lora_weights(tmp_path / name)
         images.append(draw(pipeline))
@@ -124,12 +124,12 @@ def test_export_after_an_earlier_lora_was_fused(tmp_path: Path, tiny_model_folde
     """Plain base + first LoRA at its scale + second LoRA = the live model, whose base has the first one fused."""
     first = load(tiny_model_folder)
     _, config = trained(first, "all", 4, 6.0)
-    save_lora(first, adapter(first, "student"), config, tmp_path / "first")
+    save_lora(adapter(first, "student"), config, tmp_path / "first")
 
     model = load(tiny_model_folder, loras=[LoraFile(path=str(tmp_path / "first"), scale=0.5)])
     roles, config = trained(model, "all", 8, 4.0)
     live = draw_live(model, roles, "student")
-    save_lora(model, adapter(model, "student"), config, tmp_path / "second")
+    save_lora(adapter(model, "student"), config, tmp_path / "second")
     save_merged(model, tmp_path / "merged", lora=(adapter(model, "student"), config))
 
     plain = StableDiffusionPipeline.from_pretrained(tiny_model_folder)
@@ -162,7 +162,7 @@ def test_smaller_formats_and_writing_again(tmp_path: Path, tiny_model_folder: Pa
     folder = tmp_path / "m"
     for dtype in (torch.float32, torch.float16):
         save_merged(model, folder, lora=(adapter(model, "student"), config), dtype=dtype)
-        save_lora(model, adapter(model, "student"), config, folder, dtype=dtype)
+        save_lora(adapter(model, "student"), config, folder, dtype=dtype)
         for part in ("unet", "vae", "text_encoder"):
             with safe_open(next((folder / part).glob("*.safetensors")), framework="pt") as opened:
                 assert opened.get_tensor(next(iter(opened.keys()))).dtype == dtype

@@ -53,7 +53,7 @@ def some_lora(
         for name, parameter in unet.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return save_lora(model, get_peft_model_state_dict(unet, adapter_name="made"), config, folder).parent
+    return save_lora(get_peft_model_state_dict(unet, adapter_name="made"), config, folder).parent
 
 
 def test_the_model_says_what_it_is(model: Model, tiny_model_folder: Path) -> None:

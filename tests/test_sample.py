@@ -226,7 +226,7 @@ def lora(tmp_path: Path, tiny_model_folder: Path) -> Path:
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     run = tmp_path / "run"
-    save_lora(model, get_peft_model_state_dict(model.unet, adapter_name="student"), config, run / "model")
+    save_lora(get_peft_model_state_dict(model.unet, adapter_name="student"), config, run / "model")
     (run / "recipe.yaml").write_text(f"name: x\nmodel:\n  path: {tiny_model_folder}\n  lora: {{rank: 4}}\n")
     return run
 

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from ..errors import UserError
 
@@ -98,21 +102,32 @@ def _resnet(layer: str) -> str:
     return RESNET[layer]
 
 
-def to_kohya(lora: LoraWeights, family: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Tensors of the file. Alpha is a number for each layer, so that scale = alpha / rank holds also for rsLoRA.
+def to_kohya(
+    lora: LoraWeights, family: str, config: Mapping[str, Any], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Tensors of the file, as they are or in ``dtype``; alpha stays fp32. rsLoRA is in alpha: scale = alpha / rank.
+
+    Every layer has the same alpha (that of most layers); where a layer's differs, its up matrix takes the factor, since
+    diffusers misreads alphas that differ.
 
     Raises UserError for DoRA, whose magnitudes other readers take differently, and for layers without a name."""
-    import torch
-
     if lora.dora:
-        raise UserError("this LoRA is a DoRA, which kohya's format cannot hold alike everywhere; use --format merged")
+        raise UserError("this LoRA is a DoRA, which kohya's readers do not take alike; use --format merged")
+    alpha = common_alpha(lora)
     tensors = {}
     for layer, name in kohya_names(lora.layers, family, config).items():
         down, up = lora.down(layer), lora.up(layer)
-        tensors[f"{name}.lora_down.weight"] = down
-        tensors[f"{name}.lora_up.weight"] = up
-        tensors[f"{name}.alpha"] = torch.tensor(lora.alphas[layer], dtype=down.dtype)
+        if lora.alphas[layer] != alpha:
+            up = (up.float() * (lora.alphas[layer] / alpha)).to(up.dtype)
+        tensors[f"{name}.lora_down.weight"] = down.to(dtype or down.dtype).contiguous()
+        tensors[f"{name}.lora_up.weight"] = up.to(dtype or up.dtype).contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(alpha, dtype=torch.float32)
     return tensors
+
+
+def common_alpha(lora: LoraWeights) -> float:
+    """The alpha of most layers."""
+    return Counter(lora.alphas.values()).most_common(1)[0][0]
 
 
 def kohya_metadata(lora: LoraWeights, family: str, prediction: str, resolution: int, title: str) -> dict[str, str]:
@@ -122,10 +137,10 @@ def kohya_metadata(lora: LoraWeights, family: str, prediction: str, resolution: 
         prediction: ``epsilon`` or ``v_prediction``.
         resolution: side of the base model's pictures in pixels."""
     v = prediction == "v_prediction"
-    ranks, alphas = sorted(set(lora.ranks.values())), sorted(set(lora.alphas.values()))
+    ranks = sorted(set(lora.ranks.values()))
     kernels = any(lora.down(layer).shape[2:] == (3, 3) for layer in lora.layers)
     rank = str(ranks[0]) if len(ranks) == 1 else "Dynamic"
-    alpha = f"{alphas[0]:g}" if len(alphas) == 1 else "Dynamic"
+    alpha = f"{common_alpha(lora):g}"
     architecture = ARCHITECTURES[family] if not (v and family == "sd2") else "stable-diffusion-v2-768-v"
     return {
         "ss_base_model_version": VERSIONS[family] + ("_v" if v and family != "sdxl" else ""),

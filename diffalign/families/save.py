@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from ..facts import SamplingRecord
 from .base import Model
@@ -32,14 +33,13 @@ def lora_header(config: LoraConfig) -> dict[str, Any]:
         "lora_alpha": config.lora_alpha,
         "target_modules": sorted(config.target_modules),
     }
-    for name in ("bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"):
+    for name in ("bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias"):
         if getattr(config, name) != getattr(default, name):
             header[name] = getattr(config, name)
     return header
 
 
 def save_lora(
-    model: Model,
     state: Mapping[str, Tensor],
     config: LoraConfig,
     folder: Path,
@@ -125,7 +125,13 @@ def save_merged(
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
-    pipeline.save_pretrained(partial, safe_serialization=True)
+    bars = is_progress_bar_enabled()
+    disable_progress_bar()  # one bar a file
+    try:
+        pipeline.save_pretrained(partial, safe_serialization=True)
+    finally:
+        if bars:
+            enable_progress_bar()
     for item in sorted(partial.iterdir(), key=lambda p: p.name == "model_index.json"):
         target = folder / item.name
         if target.is_dir():

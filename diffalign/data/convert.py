@@ -67,8 +67,8 @@ class ConvertOptions:
         image, suffix = load_image(data, recipe.alpha), suffix_of(data)
         side = min(image.size)
         if self.resize is not None and side > self.resize:
-            size = tuple(max(self.resize, round(n * self.resize / side)) for n in image.size)
-            image = image.resize(size, Image.Resampling.LANCZOS)
+            width, height = (max(self.resize, round(n * self.resize / side)) for n in image.size)
+            image = image.resize((width, height), Image.Resampling.LANCZOS)
         elif self.quality is None:
             return Picture(data, suffix)  # small enough: as it is
         buffer = io.BytesIO()

@@ -57,7 +57,8 @@ def read_ranked(recipe: DataRecipe) -> tuple[list[RankedRow], Report]:
     table = open_table(recipe.path, recipe.format, recipe.split, recipe.streaming)
     images, prompt = _first(table, IMAGES), _first(table, PROMPTS)
     order = _first(table, ("scores", "rank"))
-    report, rows = Report(table.label, table.format, rows=len(table.bad), bad=list(table.bad)), []
+    report = Report(table.label, table.format, rows=len(table.bad), bad=list(table.bad))
+    rows: list[RankedRow] = []
     with Scanner(recipe, table.label, 0) as scanner:
         i = 0
         while table.exists(i) and len(rows) != recipe.max_pairs:

@@ -168,7 +168,7 @@ class WebDatasetTable(Table):
                         if member.offset_data + member.size > end:
                             raise tarfile.ReadError("unexpected end of data")
                         yield member.name, member.offset_data, member.size
-                    tar.members.clear()  # its list of a million members is not needed
+                    vars(tar)["members"].clear()  # its list of a million members is not needed
         except tarfile.ReadError as error:
             if not self.shard_of or self.shards[self.shard_of[-1]] != shard:
                 raise UserError(

@@ -315,7 +315,7 @@ class DatasetsWriter(ArrowWriter):
 
         shards = [self.path(i) for i in range(self.done)]
         stamp = digest_of(*(f"{path.name}|{path.stat().st_size}".encode() for path in shards))
-        state = {
+        state: dict[str, Any] = {
             "_data_files": [{"filename": path.name} for path in shards],
             "_fingerprint": stamp[:16],
             "_format_columns": None,

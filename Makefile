@@ -1,5 +1,6 @@
 # The project's habits. Each makes what it needs: a virtual environment in .venv, with the versions of constraints.txt.
 #   make demo       the whole story on the tiny models
+#   make test-openclip   the extras [openclip], [fid] and [lpips] against their packages, in .venv-openclip
 #   make test       the default tests          make test-slow   the long ones
 #   make lint       ruff and mypy              make index       rewrite the list of methods
 #   make assets     train the tiny models again (about 90 minutes on 2 cores)
@@ -9,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow demo lint assets index
+.PHONY: help install test test-slow test-openclip demo lint assets index
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -41,6 +42,20 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# Beside a CPU build of torch an installed torchvision breaks diffusers, so these packages get an environment that only
+# adds to .venv; tests/torchvision_hook.py makes the CUDA wheel of torchvision importable there.
+EXTRAS := .venv-openclip
+$(EXTRAS)/.installed: $(STAMP)
+	@$(BIN)/python -m venv $(EXTRAS)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(EXTRAS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/diffalign-venv.pth
+	@$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 \
+	  open-clip-torch==3.3.0 timm==1.0.31 torch-fidelity==0.4.0 lpips==0.1.4
+	@touch $@
+
+test-openclip: $(EXTRAS)/.installed
+	@OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest tests/test_eval_openclip.py tests/test_eval_extras.py $(PYTEST_ARGS)
 
 demo: $(STAMP)
 	@$(BIN)/diffalign demo

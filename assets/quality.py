@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from diffalign.eval.oracle import Oracle
+from diffalign.eval.scorers import load_scorer
 
 from . import scenes
 from .common import start, to_tensor
@@ -33,6 +34,9 @@ GATES: dict[str, tuple[float, float]] = {
     "pick_preference_accuracy": (0.85, 1.0),
     "pick_preference_heldout_accuracy": (0.8, 1.0),
     "pick_samples_accuracy": (0.8, 1.0),
+    "hps_preference_accuracy": (0.85, 1.0),
+    "hps_preference_heldout_accuracy": (0.8, 1.0),
+    "hps_samples_accuracy": (0.8, 1.0),
     "pairs_usable": (1000, 1e9),
     "pairs_heldout": (0, 0),
     "megabytes": (0, 20),
@@ -44,6 +48,11 @@ def diversity(images: torch.Tensor) -> float:
     x = images.float().flatten(2) / 255
     pairs = [(x[:, i] - x[:, j]).abs().mean() for i in range(x.shape[1]) for j in range(i)]
     return float(torch.stack(pairs).mean())
+
+
+def hps_scores(folder: Path, prompts: list[str], images: torch.Tensor) -> np.ndarray:
+    """HPS (N,) of N prompts with uint8 images (N, 3, 32, 32), by the eval suite's own scorer."""
+    return load_scorer("tiny-hps", str(folder), device="cpu")(images, prompts, batch=256).double().numpy()
 
 
 def measure(root: Path) -> dict[str, float]:
@@ -89,8 +98,9 @@ def _samples(root: Path, oracle: Oracle) -> dict[str, float]:
     verdict = oracle.judge(images, train)
     out.update({f"two_train_{k}": float(v.mean()) for k, v in verdict.items()})
     out["two_train_diversity"] = diversity(images.view(100, 4, *images.shape[1:]))
-    for name, key in (("tiny-pickscore", "pick"), ("tiny-clip", "clip")):
-        value = scores(root / name, train, images).reshape(100, 4)
+    for name, key in (("tiny-pickscore", "pick"), ("tiny-hps", "hps"), ("tiny-clip", "clip")):
+        judge = hps_scores if key == "hps" else scores
+        value = judge(root / name, train, images).reshape(100, 4)
         right = verdict["all"].reshape(100, 4)
         gaps = np.concatenate(
             [
@@ -111,6 +121,8 @@ def _preferences(root: Path, rng: np.random.Generator) -> dict[str, float]:
         both = ((both + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         value = scores(root / "tiny-pickscore", texts * 2, both).reshape(2, -1)
         out[f"pick_preference{suffix}_accuracy"] = float((value[0] > value[1]).mean())
+        value = hps_scores(root / "tiny-hps", texts * 2, both).reshape(2, -1)
+        out[f"hps_preference{suffix}_accuracy"] = float((value[0] > value[1]).mean())
     drawn = scenes.sample_scenes(500, rng)
     misses = [near_miss(s, rng) for s in drawn]
     images = to_tensor(scenes.render([*drawn, *misses], rng))

@@ -13,6 +13,40 @@ from tiny import byte_tokenizer
 from transformers import CLIPConfig, CLIPModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from diffalign.eval.scorers._openclip import to_openclip
+
+# (height, width): square, upright, wide, a crop margin of 3 modulo 4, smaller than 224, extreme, a long side of 224
+AWKWARD_SIZES = [
+    (512, 512),
+    (768, 512),
+    (227, 224),
+    (300, 451),
+    (1000, 667),
+    (97, 31),
+    (1024, 40),
+    (224, 112),
+    (224, 224),
+]
+AWKWARD_TEXTS = [
+    "",
+    "a cat",
+    "  Two   CATS!! ",
+    "café ☃",
+    "a corgi’s head",
+    "salt &amp; pepper",
+    "“curly” ‘quotes’ — dash…",
+    "ｆｕｌｌ　ｗｉｄｔｈ",
+    "mojibake: donâ€™t, sÃ£o",
+    "&lt;b&gt; &amp;amp; &#39;x&#39;",
+    "tabs\tand\nnew\r\nlines\u00a0nbsp",
+    "emoji 🦊👩‍🚀, 日本語, Ελληνικά, İSTANBUL ẞ",
+    "don't I'll we've 'S 1234 3.14",
+    "e\u0301 versus é, ﬁligree",
+    "<end_of_text> <|endoftext|> <start_of_text>",
+    "\x07control\x1b[31m chars",
+    "long " * 100,
+]
+
 
 def golden(height: int, width: int) -> Image.Image:
     """The synthetic picture of spec/evaluators.md 19: integer arithmetic on the pixel grid."""
@@ -57,6 +91,25 @@ def write_tiny_clip(folder: Path, seed: int = 0, size: int = 32, max_tokens: int
     CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}).save_pretrained(
         folder
     )
+    return folder
+
+
+def write_tiny_openclip(folder: Path, seed: int = 0) -> Path:
+    """The same kind of model as OpenCLIP stores it: open_clip_config.json, open_clip_pytorch_model.bin, a tokenizer."""
+    plain = write_tiny_clip(folder / "plain", seed)
+    model = CLIPModel.from_pretrained(plain)
+    torch.save(to_openclip(model.state_dict()), folder / "open_clip_pytorch_model.bin")
+    vision = {"image_size": 32, "patch_size": 8, "width": 16, "layers": 2, "head_width": 8, "mlp_ratio": 2.0}
+    text = {
+        "context_length": 40,
+        "vocab_size": model.config.text_config.vocab_size,
+        "width": 16,
+        "heads": 2,
+        "layers": 2,
+    }
+    config = {"embed_dim": 12, "vision_cfg": vision, "text_cfg": {**text, "mlp_ratio": 2.0}}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    byte_tokenizer(40).save_pretrained(folder)
     return folder
 
 

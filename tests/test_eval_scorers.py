@@ -22,6 +22,7 @@ from diffalign.errors import UserError
 from diffalign.eval.scorers import list_scorers, load_scorer, load_scorers, parse_scorers
 from diffalign.eval.scorers._clip import projected
 from diffalign.eval.scorers.clip import Clip
+from diffalign.eval.scorers.hps import HPS
 from diffalign.eval.scorers.pickscore import PickScore
 
 SIZES = [(40, 40), (32, 32), (33, 70), (90, 41), (227, 224)]
@@ -233,12 +234,12 @@ def test_oracle() -> None:
         oracle.reward(torch.rand(1, 3, 32, 32), "a red circle")
 
 
-@pytest.mark.parametrize("name", ["tiny-clip", "tiny-pickscore"])
+@pytest.mark.parametrize("name", ["tiny-clip", "tiny-pickscore", "tiny-hps"])
 def test_shipped_scorers_know_the_tiny_world(name: str) -> None:
     from diffalign.assets.scenes import render, single_prompts, single_scenes
 
     scorer = load_scorer(name, device="cpu")
-    assert type(scorer) is (Clip if name == "tiny-clip" else PickScore)
+    assert type(scorer) is {"tiny-clip": Clip, "tiny-pickscore": PickScore, "tiny-hps": HPS}[name]
     prompts = single_prompts()
     pictures = [Image.fromarray(pixels) for pixels in render(single_scenes(), np.random.default_rng(0))]
     assert not any(scorer.truncated(prompts))

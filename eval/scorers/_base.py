@@ -22,8 +22,12 @@ CODE_VERSION = "1"  # raise it when a change of this package changes a score
 ASSET = "asset:"
 HUB_FILES = ["*.json", "*.safetensors", "*.bin", "*.txt"]
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-# sha256 of published files, as far as they were seen (spec/evaluators.md 7 has the first digits).
-KNOWN_SHA256 = {"sac+logos+ava1-l14-linearMSE.pth": "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"}
+# sha256 of published files as far as it is known, or the first digits of it that their names or spec sheets give.
+KNOWN_SHA256 = {
+    "sac+logos+ava1-l14-linearMSE.pth": "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+    "weights-inception-2015-12-05-6726825d.pth": "6726825d",
+    "alexnet-owt-7be5be79.pth": "7be5be79",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Picture = Image.Image | np.ndarray | torch.Tensor

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from ...errors import UserError
 from ..preprocess import CLIP_MEAN, CLIP_STD, P1, Pixels
@@ -31,6 +30,7 @@ from ._base import (
     texts_for,
     weights_sha256,
 )
+from ._load import load_model
 from ._openclip import config_of, from_openclip
 from ._text import load_tokenizer, openclip_clean
 
@@ -97,7 +97,7 @@ def _load_transformers(folder: Path, source: str | Path, name: str, expected: Sh
         vision.get("hidden_act", "quick_gelu"),
     )
     _check_shape(have, expected, source, name)
-    model = _load(folder, source)
+    model = load_model(CLIPModel, folder, source, name)
     file = folder / "preprocessor_config.json"
     stated = json.loads(file.read_text()) if file.is_file() else {}
     return Towers(model, CLIPTokenizer.from_pretrained(folder), model_files(folder), False, stated)
@@ -132,7 +132,8 @@ def _load_openclip(
     vision = config.vision_config
     have = (vision.hidden_size, vision.num_hidden_layers, vision.patch_size, vision.hidden_act)
     _check_shape(have, expected, source, name)
-    model = _load(None, source, config=config, state_dict={k: v.float() for k, v in renamed.items()})
+    tensors = {k: v.float() for k, v in renamed.items()}
+    model = load_model(CLIPModel, None, source, name, config=config, state_dict=tensors)
     tokenizer = load_tokenizer(folder, config.text_config.max_position_embeddings)
     if len(tokenizer) != config.text_config.vocab_size:
         raise UserError(
@@ -149,21 +150,6 @@ def _check_shape(have: Shape, expected: Shape | None, source: str | Path, name: 
             f"'{source}' is not what '{name}' stands for: width, layers, patch, activation are {have}, "
             f"want {expected}; say clip={source} for another CLIP"
         )
-
-
-def _load(folder: Path | None, source: str | Path, **how: Any) -> CLIPModel:
-    """The model in fp32, without transformers' progress bar. Raises UserError for tensors that lack or do not fit."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        model, report = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, **how)
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-    lost = [k for k in report["missing_keys"] if not k.endswith("position_ids")]
-    if lost or report["mismatched_keys"]:
-        raise UserError(f"weights in '{source}' do not fit a CLIP (missing {lost[0] if lost else 'shapes'})")
-    return model
 
 
 class ClipScorer(Scorer):

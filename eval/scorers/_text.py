@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"  # OpenAI's, MIT; sha256 924691ac...6804a
 MERGES = 49152 - 256 - 2
-START, END = "<|startoftext|>", "<|endoftext|>"
+START, END = "<start_of_text>", "<end_of_text>"  # as OpenCLIP writes them
 
 
 def openclip_clean(text: str) -> str:

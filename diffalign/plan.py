@@ -15,6 +15,7 @@ from torch import nn
 from .data.cache import cache_plan
 from .data.files import cache_root
 from .data.layout import CachePlan
+from .data.rowtable import Stream
 from .data.store import free_bytes
 from .errors import UserError
 from .families import Model, ModelFolder, pick_device
@@ -23,7 +24,7 @@ from .families.known import SCHEDULE, Known, known_by, meta_network
 from .families.quantise import check_quantize
 from .memory import estimate
 from .recipe import ModelRecipe, Recipe
-from .setup import Rows, autocast_dtype, build_roles, load_base, make_method_of, read_rows
+from .setup import Rows, autocast_dtype, build_roles, count_long_prompts, load_base, make_method_of, read_rows
 from .shards import check_parallel
 from .simulate import META
 from .trainer import plan_slots
@@ -143,13 +144,14 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
     method = make_method_of(recipe)
     device = torch.device("cuda") if card else pick_device(recipe.train.device)
     notes = check_plan(recipe)
-    rows, report = read_rows(recipe.data, method.needs.batch)
+    found, report = read_rows(recipe.data, method.needs.batch)
+    rows = found.gather() if isinstance(found, Stream) else found
     known = None if is_here(recipe.model) else known_by(recipe.model.path, recipe.model.family)
     long_prompts = None
     if known is None:
         plain = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantize": "none"})})
         real, _ = load_base(plain, pick_device("cpu"))
-        long_prompts = sum(n > 0 for n in real.token_overflow([row.prompt for row in rows]))
+        long_prompts = count_long_prompts(rows, real)[0]
         disk = cache_plan(rows, real, recipe.data, cache_root(recipe.data))
         model = meta_model(real)
     else:
@@ -312,8 +314,8 @@ def known_cache(rows: Rows, model: Model, known: Known, recipe: Recipe) -> Cache
     data, root = recipe.data, cache_root(recipe.data)
     side = data.resolution or model.default_resolution
     height, width = model.latent_size(side, side)
-    pictures = sum(len(row.images) for row in rows) * (2 if data.flip else 1)
-    prompts = len({text for row in rows for text in row.prompts.values()}) + 2
+    pictures = len(rows) * len(rows.sides) * (2 if data.flip else 1)
+    prompts = sum(map(len, rows.distinct_prompts())) * (2 if rows.two_prompts else 1) + 2
     text = 4 * (known.tokens * known.unet["cross_attention_dim"] + known.pooled) + 40
     count = pictures * (4 * height * width * (6 if data.posterior == "sample" else 4) + 76) + prompts * text
     return CachePlan(root, pictures, prompts, count, count, free_bytes(root))

@@ -21,20 +21,20 @@ from .console import Console
 from .context import Context
 from .data.cache import LatentCache, open_cache
 from .data.files import cache_root
-from .data.readers import read_images, read_pairs, table_of
-from .data.rows import ImageRow, PairRow, Report
+from .data.rowfile import read_rows
+from .data.rowtable import ImageRows, PairRows, Stream
 from .data.source import Source, split_heldout
 from .errors import UserError, nearest
 from .families import Model, load_model, pick_device, pick_dtype
 from .methods import make_method
 from .methods.base import Method
-from .recipe import DataRecipe, Recipe, TrainRecipe
+from .recipe import Recipe, TrainRecipe
 from .reference import check_reference, reference_errors
 from .roles import BASE, Roles
+from .shards import check_parallel, make_mesh
 from .trainer import Trainer
 
-Rows = list[PairRow] | list[ImageRow]
-PAIR_COLUMNS = {"chosen", "jpg_0", "chosen_file_name"}
+Rows = PairRows | ImageRows
 
 
 @dataclass
@@ -131,15 +131,13 @@ def build_roles(model: Model, method: Method[Any], recipe: Recipe, dtype: torch.
     return roles
 
 
-def read_rows(recipe: DataRecipe, kind: str) -> tuple[Rows, Report]:
-    """Rows of the kind a method needs; ``image`` takes the chosen pictures of pairs, or plain captioned pictures."""
-    if kind == "pair" or PAIR_COLUMNS & set(table_of(recipe).columns):
-        pairs = read_pairs(recipe)
-        if kind == "pair":
-            return pairs.rows, pairs.report
-        return [ImageRow(row.id, row.prompt, row.chosen, row.chosen_score) for row in pairs.rows], pairs.report
-    images = read_images(recipe)
-    return images.rows, images.report
+def count_long_prompts(rows: PairRows | ImageRows, model: Model) -> tuple[int, int]:
+    """(prompts that the text encoder cuts, different prompts)."""
+    cut = distinct = 0
+    for texts in rows.distinct_prompts():
+        cut += sum(n > 0 for n in model.token_overflow(texts))
+        distinct += len(texts)
+    return cut, distinct
 
 
 def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, int], None] | None = None) -> Parts:
@@ -155,6 +153,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
                 f"train.role_lr names no role of {recipe.method.name}: '{role}'{nearest(role, method.roles)}"
             )
     world = accelerator.num_processes
+    check_parallel(recipe, method, world)
     if recipe.train.batch < world:
         raise UserError(f"train.batch {recipe.train.batch} is less than the {world} processes; raise it")
     if method.needs.batch not in {"pair", "image"}:
@@ -163,12 +162,9 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
         check_reference(recipe, method)
     with accelerator.main_process_first():  # the others read what the first one found out about the pictures
         rows, report = read_rows(recipe.data, method.needs.batch)
-    say(report.summary())
+    if not isinstance(rows, Stream):
+        say(report.summary())
     model, dtype = load_base(recipe, device)
-    texts = sorted({row.prompt for row in rows})
-    overflow = sum(n > 0 for n in model.token_overflow(texts))
-    if overflow:
-        say(f"{overflow} of {len(texts)} prompts are longer than the text encoder takes; they are cut")
     cache = open_cache(
         rows,
         model,
@@ -179,16 +175,25 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
         barrier=accelerator.wait_for_everyone,
         progress=progress,
     )
+    if isinstance(rows, Stream):
+        say(report.summary())
+    cut, distinct = count_long_prompts(cache.rows, model)
+    if cut:
+        say(f"{cut} of {distinct} prompts are longer than the text encoder takes; they are cut")
     uncond = cache.uncond
     if recipe.data.cache:
         model.release_encoders()
-    model.place_unet()
+    if recipe.train.parallel == "ddp":
+        model.place_unet()
     training, held = split_heldout(cache.ids, recipe.validate_.pairs, recipe.train.seed)
     period = recipe.data.reference_errors
     source = Source(cache, training, recipe.train.seed, uncond, recipe.data.caption_dropout, period)
     heldout = Source(cache, held, recipe.train.seed, uncond) if held else None
+    roles = build_roles(model, method, recipe, dtype)
+    if recipe.train.parallel == "fsdp":  # from the processor's memory to the devices, block by block
+        roles.shard(make_mesh(device, world))
     ctx = Context(
-        build_roles(model, method, recipe, dtype),
+        roles,
         model.denoiser(),
         recipe.train.seed,
         device,
@@ -208,7 +213,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
         by = {**model.fingerprint(), "schedule": schedule}
         source.reference = reference_errors(check_reference(recipe, method), ctx, source, recipe, by)
     trainer = Trainer(method, ctx, source, recipe.train, accelerator)
-    return Parts(recipe, accelerator, model, method, rows, cache, trainer, heldout)
+    return Parts(recipe, accelerator, model, method, cache.rows, cache, trainer, heldout)
 
 
 def fill_cache(recipe: Recipe, out: Path | None, progress: bool = True) -> LatentCache:
@@ -219,9 +224,10 @@ def fill_cache(recipe: Recipe, out: Path | None, progress: bool = True) -> Laten
     console = Console(progress and accelerator.is_main_process)
     with accelerator.main_process_first():
         rows, report = read_rows(recipe.data, make_method_of(recipe).needs.batch)
-    console.say(report.summary())
+    if not isinstance(rows, Stream):
+        console.say(report.summary())
     model, _ = load_base(recipe, device)
-    return open_cache(
+    cache = open_cache(
         rows,
         model,
         recipe.data,
@@ -232,6 +238,9 @@ def fill_cache(recipe: Recipe, out: Path | None, progress: bool = True) -> Laten
         progress=console.counting("encoding"),
         flat=out is not None,
     )
+    if isinstance(rows, Stream):
+        console.say(report.summary())
+    return cache
 
 
 def make_method_of(recipe: Recipe) -> Method[Any]:
@@ -245,10 +254,10 @@ FREE = (
     "description",
     "output",
     "validate",
-    *(f"train.{key}" for key in ("steps", "micro_batch", "device", "log_every", "save_every", "keep")),
+    *(f"train.{key}" for key in ("steps", "micro_batch", "device", "parallel", "log_every", "save_every", "keep")),
     *(f"train.{key}" for key in ("max_nonfinite", "guards")),
     *(f"data.{key}" for key in ("cache_dir", "encode_batch")),
-    *(f"model.{key}" for key in ("attention", "compile", "gradient_checkpointing")),
+    *(f"model.{key}" for key in ("attention", "compile", "gradient_checkpointing", "offload")),
 )
 BOUND = ("validate.pairs",)  # decides which rows are trained on
 

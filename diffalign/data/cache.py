@@ -308,6 +308,8 @@ def open_cache(
     if isinstance(rows, Stream):
         cache = LatentCache(rows.packed, model, recipe, ranks, folder)
         fill_stream(cache, rows.rows, progress)
+        if rank == 0:
+            rows.keep(cache.rows)
     else:
         cache = LatentCache(rows, model, recipe, ranks, folder)
         fill(cache, progress)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import RunError, UserError
 from ..recipe import DataRecipe
@@ -18,6 +22,11 @@ def cache_root(recipe: DataRecipe) -> Path:
     """``data.cache_dir``, else ``$DIFFALIGN_CACHE``, else ``diffalign`` in the user's cache folder."""
     if recipe.cache_dir:
         return Path(recipe.cache_dir).expanduser()
+    return default_root()
+
+
+def default_root() -> Path:
+    """``$DIFFALIGN_CACHE``, else ``diffalign`` in the user's cache folder."""
     if os.environ.get("DIFFALIGN_CACHE"):
         return Path(os.environ["DIFFALIGN_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffalign"
@@ -33,8 +42,9 @@ def make_folder(folder: Path) -> None:
         ) from error
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write beside, flush to the disk, rename: the file is there as a whole or not at all.
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file beside ``path`` that takes its name when it is whole: flushed to the disk, then renamed.
 
     Raises:
         RunError: the disk is full. UserError: the folder is not writable.
@@ -43,7 +53,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     beside = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         with open(beside, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -51,8 +61,8 @@ def write_atomic(path: Path, data: bytes) -> None:
         beside.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(
-                f"disk full: '{path.parent}' has no room for {len(data):,} bytes; what is written so far is kept: free "
-                "some space or set data.cache_dir, and start the same command again"
+                f"disk full: '{path.parent}' has no room for '{path.name}'; what is written so far is kept: free some "
+                "space or set data.cache_dir, and start the same command again"
             ) from error
         raise UserError(
             f"cache folder '{path.parent}' is not writable ({error.strerror}); set data.cache_dir, or data.cache=false"
@@ -61,6 +71,28 @@ def write_atomic(path: Path, data: bytes) -> None:
     if folder is not None:
         os.fsync(folder)
         os.close(folder)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write beside, flush to the disk, rename: the file is there as a whole or not at all.
+
+    Raises:
+        RunError: the disk is full. UserError: the folder is not writable.
+    """
+    try:
+        with replacing(path) as file:
+            file.write(data)
+    except RunError as error:
+        raise RunError(str(error).replace("no room for", f"no room for {len(data):,} bytes of")) from error
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file's content. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -10,10 +10,10 @@ import bisect
 import operator
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -104,6 +104,19 @@ class Packed(Sequence[R], Generic[R]):
             ]
             fields += [(f"{side}_width", pa.int32()), (f"{side}_height", pa.int32())]
         return pa.schema([*fields, *((name, pa.float64()) for name in cls.numbers)])
+
+    @classmethod
+    def mapped(cls, path: Path, table: Table, present: Sequence[str]) -> Self:
+        """Rows that ``batches`` gave and a file holds. Raises ArrowInvalid or OSError when it is none."""
+        found = cls(table, path.parent)
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        if reader.schema != found.schema:
+            raise pa.ArrowInvalid("other columns")
+        for number in range(reader.num_record_batches):
+            found._take(reader.get_batch(number))
+        found._mapped = len(found._batches)
+        found.present = dict.fromkeys(present)
+        return found
 
     # -- filling ------------------------------------------------------------------------------------------------------
 
@@ -323,10 +336,17 @@ class ImageRows(Packed[ImageRow]):
 
 @dataclass(frozen=True)
 class Stream:
-    """Rows that pass by once; ``packed`` is empty and takes what is known of them."""
+    """Rows that pass by once; ``packed`` is empty and takes what is known of them; ``keep`` is called at the end."""
 
-    rows: Iterator[PairRow] | Iterator[ImageRow]
+    rows: Iterator[Any]
     packed: PairRows | ImageRows
+    keep: Callable[[PairRows | ImageRows], None] = lambda rows: None
+
+    def gather(self) -> PairRows | ImageRows:
+        """All rows, read to the end without their pictures being used."""
+        self.packed.extend(self.rows)
+        self.keep(self.packed)
+        return self.packed
 
 
 def packed(rows: Sequence[PairRow] | Sequence[ImageRow]) -> PairRows | ImageRows:

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..errors import RunError
-from .files import make_folder, remove_leftovers, write_atomic
+from .files import file_sha256, make_folder, remove_leftovers, write_atomic
 from .keyindex import KeyIndex, first_places, key_array
 
 SHARD_ROWS = 512
@@ -72,11 +72,7 @@ class Shard:
 
     def verify(self) -> None:
         """Raises TornShard unless the content's hash is the file's name."""
-        digest = hashlib.sha256()
-        with open(self.path, "rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-        if digest.hexdigest()[:32] != self.path.stem:
+        if file_sha256(self.path)[:32] != self.path.stem:
             raise TornShard("content altered")
 
     def row(self, number: int, file: FileIO) -> dict[str, Tensor]:

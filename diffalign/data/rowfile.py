@@ -1,0 +1,153 @@
+"""The rows of a data set as a file beside the cache: the next start maps it instead of reading everything again.
+
+``rows/NAME.arrow`` holds the rows, ``NAME.json`` says what they were read from and what the Arrow file must look like.
+A file that is torn, altered, or of other data is never used: the rows are read again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ..recipe import DataRecipe
+from .files import file_sha256, replacing, write_atomic
+from .images import ImageError
+from .readers import open_images, open_pairs, row_folder, table_of
+from .rows import FLAWS, BadRow, ImageRow, PairRow, Report, digest_of
+from .rowtable import ImageRows, PairRows, Stream
+from .scan import KEEP_FROM
+from .table import Table
+
+Progress = Callable[[int, int], None]
+CODE = "1"  # raised whenever the same data would give other rows
+PAIR_COLUMNS = {"chosen", "jpg_0", "chosen_file_name"}
+# What does not decide which rows there are.
+APART = {"resolution", "buckets", "crop", "flip", "caption_dropout", "cache", "cache_dir", "latents", "posterior"}
+APART |= {"encode_batch", "reference_errors", "streaming"}
+
+
+def read_rows(
+    recipe: DataRecipe, kind: str, progress: Progress | None = None
+) -> tuple[PairRows | ImageRows | Stream, Report]:
+    """Rows of the kind a method needs: ``pair``, or ``image`` (captioned pictures, or the chosen ones of pairs).
+
+    Where a file of an earlier reading still holds, it is mapped. With ``data.streaming`` the rows are a stream, and the
+    report is complete when it has passed.
+
+    Raises:
+        UserError: as ``read_pairs``.
+    """
+    table = table_of(recipe)
+    pairs = kind == "pair" or bool(PAIR_COLUMNS & set(table.columns))
+    kept = RowFile(recipe, table, pairs)
+    rows, report = kept.load() or (None, None)
+    if rows is None or report is None:
+        reading: Any = (open_pairs if pairs else open_images)(recipe, progress, table)
+        rows, report = (PairRows if pairs else ImageRows)(table, row_folder(recipe)), reading.report
+        if recipe.streaming:
+            passing = _winners(reading.rows) if pairs and kind == "image" else reading.rows
+            if pairs and kind == "image":
+                rows, kept = ImageRows(table, row_folder(recipe)), RowFile(recipe, table, False)
+            return Stream(passing, rows, lambda done: kept.save(done, reading.report)), report
+        rows.extend(reading.rows)
+        kept.save(rows, report)
+    return (rows.winners() if isinstance(rows, PairRows) and kind == "image" else rows), report
+
+
+def _winners(rows: Iterator[PairRow]) -> Iterator[ImageRow]:
+    return (ImageRow(row.id, row.prompt, row.chosen, row.chosen_score) for row in rows)
+
+
+class RowFile:
+    """Where the rows of a recipe's data lie, if they can be kept at all: the data must have a signature."""
+
+    def __init__(self, recipe: DataRecipe, table: Table, pairs: bool) -> None:
+        self.table, self.pairs, self.always = table, pairs, recipe.streaming
+        signature, folder = table.signature(), row_folder(recipe)
+        settings = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in APART}
+        text = json.dumps([settings, str(Path(recipe.path).absolute()), pairs, CODE], sort_keys=True)
+        self.name = digest_of(text.encode())[:20]
+        self.folder = folder if signature and folder is not None else None
+        self.of = digest_of(text.encode(), signature.encode())
+
+    @property
+    def path(self) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{self.name}.arrow"
+
+    def load(self) -> tuple[PairRows | ImageRows, Report] | None:
+        """The rows and their account; None when there is no file of this very data."""
+        if self.folder is None or not self.path.is_file():
+            return None
+        try:
+            note = json.loads(self.path.with_suffix(".json").read_text(encoding="utf-8"))
+            state = self.path.stat()
+            if note["of"] != self.of or note["bytes"] != state.st_size:
+                return None
+            if note["changed"] != state.st_mtime_ns and note["sha256"] != file_sha256(self.path):
+                return None
+            kind = PairRows if self.pairs else ImageRows
+            rows = kind.mapped(self.path, self.table, note["present"])
+            if note["pictures"] != self._pictures(rows):
+                return None
+            known = {field.name for field in fields(Report)}
+            bad = [BadRow(b["place"], b["reason"], b["detail"], b["prompt"]) for b in note["report"].pop("bad")]
+            return rows, Report(**{k: v for k, v in note["report"].items() if k in known}, bad=bad)
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid, ImageError):
+            return None
+
+    def save(self, rows: PairRows | ImageRows, report: Report) -> None:
+        """Write the rows, unless they are few (reading again is as fast) or a mended picture could change them.
+
+        Raises RunError when the disk is full."""
+        if self.folder is None or (len(rows) < KEEP_FROM and not self.always):
+            return
+        pictures = self._pictures(rows)
+        if pictures is None or (pictures and any(bad.reason in FLAWS for bad in report.bad)):
+            return
+        with replacing(self.path) as file, pa.ipc.new_file(file, rows.schema) as writer:
+            for batch in rows.batches():
+                writer.write_batch(batch)
+        account = {f.name: getattr(report, f.name) for f in fields(report) if f.name != "bad"}
+        bad = [{k: v for k, v in asdict(b).items() if k != "images"} for b in _bare(report.bad)]
+        state = self.path.stat()
+        note = {
+            "of": self.of,
+            "bytes": state.st_size,
+            "changed": state.st_mtime_ns,
+            "sha256": file_sha256(self.path),
+            "present": list(rows.present),
+            "pictures": pictures,
+            "report": {**account, "bad": bad},
+        }
+        write_atomic(self.path.with_suffix(".json"), json.dumps(note).encode())
+
+    def _pictures(self, rows: PairRows | ImageRows) -> str | None:
+        """One hash of the state of all pictures that are files of their own; "" where the table holds them, None when
+        they have no state that could be compared."""
+        if not len(rows):
+            return ""
+        columns = {rows.at(0)[0].column(f"{side}_column")[0].as_py() for side in rows.sides}
+        if all(column is not None and self.table.holds_bytes(column) for column in columns):
+            return ""
+        digest = hashlib.blake2b(digest_size=16)
+        for batch in rows.batches():
+            for side in rows.sides:
+                places = zip(batch.column("row").to_pylist(), batch.column(f"{side}_column").to_pylist(), strict=True)
+                for row, column in places:
+                    stamp = "" if column is None else self.table.stamp(row, column)
+                    if not stamp:
+                        return None
+                    digest.update(stamp.encode())
+        return digest.hexdigest()
+
+
+def _bare(bad: list[BadRow]) -> Iterator[BadRow]:
+    """Without pictures, which cannot be written."""
+    return (BadRow(b.place, b.reason, b.detail, b.prompt) for b in bad)

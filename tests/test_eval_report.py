@@ -17,14 +17,13 @@ from rich.console import Console
 from tiny import write_tiny_model
 
 from diffalign.errors import UserError
-from diffalign.eval.compare import compare
 from diffalign.eval.curves import panels, read_log, series
 from diffalign.eval.evaluate import Sampling, evaluate, parse_model, parse_models
-from diffalign.eval.health import health
 from diffalign.eval.page import Sheet
 from diffalign.eval.plots import Curve, curves_svg, gains_svg, log_ticks, ticks
 from diffalign.eval.report import ReportData, headline, render_report, write_report, write_run_report
 from diffalign.eval.score import score_images
+from diffalign.eval.study import study
 from diffalign.eval.training_report import Training
 
 PROMPTS = ["a red circle", "a <b>bold</b> & 'quoted' prompt", "two", "three", "four"]
@@ -93,21 +92,23 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_a_comparison_page(sides: tuple[Path, Path]) -> None:
-    found = compare(*sides, in_loop=["clip"])
-    text = render_report(ReportData("Base & tuned", comparisons=[found], training=Training(log=log_rows())))
+    found = study(sides[::-1], in_loop=["clip"])
+    text = render_report(ReportData("Base & tuned", studies=[found], training=Training(log=log_rows())))
     page = check_self_contained(text)
-    rate = found.scorers[1].overall.win_rate
+    rate = found.comparisons[0].scorers[1].overall.win_rate
     assert f"{100 * rate:.1f}<small>" in text  # the first scorer was used in training, so the second speaks
     assert "in-loop" in text and found.prompts_sha256[:16] in text and "steps 20" in text
     assert "a &lt;b&gt;bold&lt;/b&gt;" in text and "<b>bold" not in text and "Base &amp; tuned" in text
     pixels = [a for a in page.addresses if a.startswith("data:image/png")]
-    extremes = 2 * sum(min(6, sum(sign * p.gain > 0 for p in found.scorers[1].pairs)) for sign in (1, -1))
+    extremes = 2 * sum(
+        min(6, sum(sign * p.gain > 0 for p in found.comparisons[0].scorers[1].pairs)) for sign in (1, -1)
+    )
     assert len(pixels) == 2 * 10 + extremes
     assert text.count("<svg") == 4 + len(panels(log_rows()))
-    again = render_report(ReportData("Base & tuned", comparisons=[found], primary="clip"))
-    assert f"{100 * found.scorers[0].overall.win_rate:.1f}<small>" in again
+    again = render_report(ReportData("Base & tuned", studies=[found], primary="clip"))
+    assert f"{100 * found.comparisons[0].scorers[0].overall.win_rate:.1f}<small>" in again
     with pytest.raises(UserError, match="primary scorer 'oracle'"):
-        headline(found, "oracle")
+        headline(found.comparisons[0], "oracle")
 
 
 def test_figures_are_svg_with_css_colours() -> None:
@@ -139,10 +140,10 @@ def test_large_pictures_are_shrunk_and_absent_ones_said(sides: tuple[Path, Path]
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (800, 1700, 3), dtype=np.uint8)).save(large)
     text = render_report(ReportData("x", training=Training(sheets=[Sheet("step 0", large)])))
     assert len(text) < 1.8e6 < large.stat().st_size and "data:image/jpeg" in text
-    found = compare(*sides)
-    lost = [type(p)(**{**vars(p), "image_a": "gone.png"}) for p in found.scorers[0].pairs]
-    found.scorers[0].pairs[:] = lost
-    assert "no image" in render_report(ReportData("x", comparisons=[found]))
+    found = study(sides[::-1])
+    lost = [type(p)(**{**vars(p), "image_a": "gone.png"}) for p in found.comparisons[0].scorers[0].pairs]
+    found.comparisons[0].scorers[0].pairs[:] = lost
+    assert "no image" in render_report(ReportData("x", studies=[found]))
 
 
 def test_nothing_to_say_is_an_error(tmp_path: Path) -> None:
@@ -164,7 +165,8 @@ def test_run_report(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("name: tiny/dpo\n")
     page = write_run_report(tmp_path).read_text()
     check_self_contained(page)
-    assert re.findall(r"<figcaption>(step \d+)</figcaption>", page) == ["step 0", "step 200", "step 400", "step 600"]
+    shown = re.findall(r"<figcaption>(step \d+)[^<]*</figcaption>", page)
+    assert shown == ["step 0", "step 300", "step 400", "step 600"]  # 300 has the lowest held-out loss
     assert "healthy" in page and "name: tiny/dpo" in page and "390 steps" in page
 
 
@@ -176,17 +178,6 @@ def test_reading_logs(tmp_path: Path) -> None:
         read_log(tmp_path)
     rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": float("nan")}, {"step": 3}, {"step": 4, "loss": 1}]
     assert series(rows, "loss") == ([1, 4], [2, 1])
-
-
-def test_health_names_the_picture() -> None:
-    assert health(log_rows()).verdict == "healthy"
-    assert health(log_rows(accuracy=0.51)).verdict == "not learning"
-    assert "swapped" in health(log_rows(accuracy=0.3)).reason
-    assert health(log_rows(gain=-0.05)).verdict == "collapsed"
-    assert health(log_rows(saturated=0.8)).verdict == "over-optimised"
-    fallen = log_rows() + [{"step": 900 + i, "kind": "validate", "accuracy": 0.52} for i in range(5)]
-    assert health(fallen).verdict == "over-optimised"
-    assert health([{"step": 1, "kind": "train", "loss": 1.0}]).verdict == "unclear"
 
 
 def test_model_specs(tmp_path: Path) -> None:
@@ -217,16 +208,16 @@ def test_evaluation_from_end_to_end(tiny_model_folder: Path, tmp_path: Path) -> 
     check_self_contained(text)
     (comparison,) = found.comparisons
     assert comparison.prompts == 5 and (comparison.a.label, comparison.b.label) == ("other", "base")
-    saved = json.loads((tmp_path / "out" / "other-vs-base.json").read_text())
+    saved = json.loads((tmp_path / "out" / "comparison.json").read_text())["comparisons"][0]
     assert saved["scorers"][0]["overall"]["win_rate"] == comparison.scorers[0].overall.win_rate
     summary = json.loads((tmp_path / "out" / "eval.json").read_text())
-    assert summary["models"]["base"]["means"]["clip"] == pytest.approx(comparison.scorers[0].overall.mean_b)
+    assert summary["models"]["base"]["means"]["prompts"]["clip"] == pytest.approx(comparison.scorers[0].overall.mean_b)
     console = Console(file=io.StringIO(), width=160)
     found.render(console)
     assert "report" in console.file.getvalue()  # type: ignore[attr-defined]
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.png")}
     again = evaluate(models, prompts, scorers, tmp_path / "out", sampling=sampling, progress=False)
-    assert all(result.scored == 0 for result in again.scores.values())
+    assert all(result.scored == 0 for result in again.scores["prompts"].values())
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.png")} == before and len(before) == 10
     alone = evaluate(models[:1], prompts, scorers, tmp_path / "out", sampling=sampling, progress=False)
     page = alone.report.read_text()

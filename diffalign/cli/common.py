@@ -27,6 +27,7 @@ Device = Annotated[Literal["auto", "cuda", "mps", "cpu"], typer.Option(help="Whe
 Dtype = Annotated[Literal["auto", "fp32", "bf16", "fp16"], typer.Option(help="Number format of the networks.")]
 BatchSize = Annotated[int, typer.Option("--batch", help="Images a forward.", min=1)]
 InLoop = Annotated[str, typer.Option(help="Scorers that training used, comma-separated; they are marked.")]
+Allow = Annotated[str, typer.Option(help="Differences to let pass, comma-separated: sampling, seeds.")]
 
 # The fields of pipelines.spec.Sampling as options: name -> (type, default).
 SAMPLING: dict[str, tuple[Any, Any]] = {

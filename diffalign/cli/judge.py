@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import AsJson, BatchSize, Device, Dtype, InLoop, Quiet, app, is_main, names, out, sampling_options
+from .common import Allow, AsJson, BatchSize, Device, Dtype, InLoop, Quiet, app, is_main, names, out, sampling_options
 
 
 @app.command()
@@ -70,12 +70,13 @@ def score(
 @sampling_options
 def evaluate(
     models: Annotated[list[str], typer.Argument(help="[LABEL=]MODEL[+LORA[@SCALE]]; the first is the base.")],
-    prompts: Annotated[str, typer.Option(help="A prompt file or built-in set.")],
+    prompts: Annotated[list[str], typer.Option(help="A prompt file or built-in set; again for several.")],
     scorers: Annotated[str, typer.Option(help="Names, comma-separated; name=PATH for own weights.")],
     to: Annotated[Path, typer.Option("--out", help="Folder for images, scores and report.html.")],
     sampling: dict[str, Any],
     primary: Annotated[str | None, typer.Option(help="Scorer of the headline.")] = None,
     in_loop: InLoop = "",
+    title: Annotated[str | None, typer.Option(help="Title of the report.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Sample, score and compare models on the same prompts and noise, with win rates and a report."""
@@ -90,21 +91,69 @@ def evaluate(
         sampling=Sampling(**sampling),
         primary=primary,
         in_loop=names(in_loop),
+        title=title,
         progress=not quiet,
     ).render(out())
 
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(help="Score file or folder of the first model.")],
-    b: Annotated[Path, typer.Argument(help="Score file or folder of the second.")],
-    scorers: Annotated[str | None, typer.Option(help="Names, comma-separated; all that both have.")] = None,
-    in_loop: Annotated[str, typer.Option(help="Scorers that training used, comma-separated.")] = "",
+    sources: Annotated[
+        list[Path], typer.Argument(help="Score files or folders; two: A over B; more: the first is the base.")
+    ],
+    scorers: Annotated[str | None, typer.Option(help="Names, comma-separated; all that every file has.")] = None,
+    in_loop: InLoop = "",
+    labels: Annotated[str, typer.Option(help="Names of the models, comma-separated.")] = "",
+    allow: Allow = "",
     as_json: AsJson = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
 ) -> None:
-    """Paired win rate of A over B from score files, with bootstrap interval and exact sign test."""
-    from ..eval.compare import compare as run_compare
+    """Paired win rates from score files: intervals over prompts, exact sign test with Holm's correction, ratings."""
+    from ..eval.study import study
 
-    names = scorers.split(",") if scorers else None
-    found = run_compare(a, b, scorers=names, in_loop=[n for n in in_loop.split(",") if n])
-    print(found.json()) if as_json else found.render(out())
+    if len(sources) == 2:  # A over B
+        sources = sources[::-1]
+    called = names(labels) or None
+    if called is not None and len(sources) == 2:
+        called = called[::-1]
+    found = study(
+        sources,
+        scorers=names(scorers) if scorers else None,
+        labels=called,
+        in_loop=names(in_loop),
+        allow=names(allow),
+    )
+    if as_json:
+        print(found.json())
+    elif markdown:
+        print(found.markdown(), end="")
+    else:
+        found.render(out())
+
+
+@app.command()
+def report(
+    sources: Annotated[
+        list[Path], typer.Argument(help="An evaluation's or a run's folder, or score files, base first.")
+    ],
+    to: Annotated[Path | None, typer.Option("--out", help="report.html; beside the scores if not given.")] = None,
+    primary: Annotated[str | None, typer.Option(help="Scorer of the headline.")] = None,
+    in_loop: InLoop = "",
+    labels: Annotated[str, typer.Option(help="Names of the models, comma-separated.")] = "",
+    allow: Allow = "",
+    title: Annotated[str | None, typer.Option(help="Title of the page.")] = None,
+) -> None:
+    """One self-contained page and a Markdown table of what was scored: win rates, distributions, pictures."""
+    from ..eval.evaluate import write_report_of
+
+    print(
+        write_report_of(
+            sources,
+            to,
+            primary=primary,
+            in_loop=names(in_loop),
+            labels=names(labels) or None,
+            allow=names(allow),
+            title=title,
+        )
+    )

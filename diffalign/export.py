@@ -27,15 +27,18 @@ def export_run(parts: Parts, trainer: Trainer, run: Run) -> Path:
     student's scheduler goes along."""
     folder, recipe, roles = run.model, parts.recipe, trainer.roles
     record = parts.method.sampling(parts.model.scheduler_config)
-    folder.mkdir(parents=True, exist_ok=True)
     with averaged(trainer):
+        whole = roles.whole("student", keep=trainer.rank == 0)
+        if whole is None:  # this process only came along because the network is sharded
+            return folder
+        folder.mkdir(parents=True, exist_ok=True)
         if roles.lora is not None:
             state = adapter_state(roles.state_dict("student"), "student")
             save_lora(state, roles.lora, folder)
             if recipe.output.merged:
                 save_merged(parts.model, run.dir / "merged", lora=(state, roles.lora), record=record)
         else:
-            save_merged(parts.model, folder, unet=roles.networks["student"], record=record)
+            save_merged(parts.model, folder, unet=whole, record=record)
         for name in roles.modules:
             save_file({k: v.contiguous() for k, v in roles.state_dict(name).items()}, folder / f"{name}.safetensors")
     facts = facts_of(parts, run, record)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -69,18 +69,25 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def total_norm(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """Global L2 norm of the gradients, a scalar on their device, without a synchronisation."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def total_norm(parameters: Sequence[nn.Parameter], across: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Global L2 norm of the gradients, a scalar on their device, without a synchronisation.
+
+    ``across`` sums over processes where each holds a part of the gradients."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm if across is None else across(norm.square()).sqrt()
 
 
 def guarded_step(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], max_norm: float | None
+    optimizer: torch.optim.Optimizer,
+    parameters: Sequence[nn.Parameter],
+    max_norm: float | None,
+    across: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clip, then update unless a gradient is not finite. Returns (norm before clipping, 1.0 if skipped else 0.0).
 
-    Fused optimisers decide on the device and so cost no synchronisation; the others read one number."""
-    norm = total_norm(parameters)
+    ``across``: see `total_norm`. Fused optimisers decide on the device and so cost no synchronisation; the others read
+    one number."""
+    norm = total_norm(parameters, across)
     skipped = 1.0 - torch.isfinite(norm).float()
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

@@ -55,6 +55,8 @@ class Sheets:
         if not self.prompts or "student" not in self.parts.trainer.roles.networks:
             return {}
         images = self.sample("student")
+        if self.parts.trainer.rank:  # came along because the network is sharded
+            return {}
         folder.mkdir(exist_ok=True)
         labels = [prompt for prompt in self.prompts for _ in range(self.recipe.per_prompt)]
         write_sheet(images, labels, folder / f"step-{self.parts.trainer.step:06d}.png")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.utils.checkpoint
@@ -19,6 +19,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .data.batch import Cond
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from .shards import Shards
 
 BASE = "base"
 Forward = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
@@ -58,6 +63,7 @@ class Roles:
         self.networks: dict[str, nn.Module] = {BASE: unet}
         self.current = BASE
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
+        self.shards: Shards | None = None
         if lora is not None:
             self._add_adapters(seed)
         else:
@@ -105,13 +111,29 @@ class Roles:
         """Every role that has parameters to train."""
         return (*self.trained, *self.modules)
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Spread the student and, apart from it, the base over the processes (FSDP2); for copies with one role."""
+        from .shards import Shards, shard
+
+        (student,) = self.trained
+        self.train_only((student,))
+        kind = type(self.networks[student])
+        for network in self.networks.values():
+            shard(network, mesh)
+        self.shards = Shards(self.networks[student], kind)
+        self._parameters[student] = dict(self.networks[student].named_parameters())
+
+    def whole(self, role: str, keep: bool = True) -> nn.Module | None:
+        """A role's network for saving; gathered to the CPU where it is sharded (then None unless ``keep``)."""
+        return self.networks[role] if self.shards is None else self.shards.whole(keep)
+
     def named_parameters(self, role: str) -> dict[str, nn.Parameter]:
-        """Trainable tensors of a role by name."""
-        return self._parameters[role]
+        """Trainable tensors of a role by name; this process's slices where they are sharded."""
+        return self._parameters[role] if self.shards is None else self.shards.local
 
     def parameters(self, role: str) -> list[nn.Parameter]:
         """Trainable tensors of a role, as a list (never an iterator that clipping would exhaust)."""
-        return list(self._parameters[role].values())
+        return list(self.named_parameters(role).values())
 
     def train_only(self, roles: Sequence[str]) -> None:
         """Exactly these roles receive gradients from now on."""
@@ -187,18 +209,20 @@ class Roles:
             module.train(on)
 
     def state_dict(self, role: str) -> dict[str, Tensor]:
-        """Trainable tensors of a role, detached."""
+        """Trainable tensors of a role, detached; whole ones on the CPU where they are sharded (all processes call)."""
+        if self.shards is not None:
+            return {name: self.shards.gather(name, part) for name, part in self.shards.local.items()}
         return {name: parameter.detach() for name, parameter in self._parameters[role].items()}
 
     def load_state_dict(self, role: str, state: Mapping[str, Tensor]) -> None:
         """Copy tensors back; names must match exactly."""
-        own = self._parameters[role]
+        own = self.named_parameters(role)
         if own.keys() != state.keys():
             odd = sorted(own.keys() ^ state.keys())[:3]
             raise ValueError(f"role '{role}' does not fit: {len(own)} tensors here, {len(state)} given, such as {odd}")
         with torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(state[name])
+                parameter.copy_(state[name] if self.shards is None else self.shards.cut(name, state[name]))
 
 
 class Ema:

@@ -317,8 +317,10 @@ class Session:
         values: dict[str, float] = {}
         if self.parts.heldout is not None:
             values = heldout_metrics(trainer, self.parts.heldout, recipe)
-        if self.main:
+            values["held_out"] = len(self.parts.heldout) * recipe.draws
+        if self.main or trainer.roles.shards is not None:
             values |= self.sheets.draw(self.folder / "samples")
+        if self.main:
             assert self.log is not None
             if values:
                 self.log.write(trainer.step, values, "validate")
@@ -379,8 +381,9 @@ class Session:
         run = Run(self.folder, self.recipe, self.trainer.step, self.log.rows if self.log else [])
         if self.recipe.output.weights == "best" and self.best.step is not None:
             self.trainer.load(load_checkpoint(self.folder / "checkpoints" / f"step-{self.best.step:06d}")[0])
-        if self.main:
+        if self.main or self.trainer.roles.shards is not None:
             export_run(self.parts, self.trainer, run)
+        if self.main:
             self.write_report()
         self.parts.accelerator.wait_for_everyone()
         return run

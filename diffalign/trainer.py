@@ -8,7 +8,7 @@ batches change nothing but rounding.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +27,7 @@ from .optim import guarded_step, lr_factor, make_optimizer, set_lr
 from .recipe import TrainRecipe
 from .roles import Ema
 
+Cut = tuple[list[int], list[int]]  # rows and their visits
 BUCKET = 1 << 25  # numbers in one flat bucket of a reduction
 
 
@@ -91,7 +92,7 @@ class Trainer:
 
     def _broadcast(self, roles: Sequence[str]) -> None:
         """Trainables of rank 0 everywhere, once at the start."""
-        if self.world == 1:
+        if self.world == 1 or self.roles.shards is not None:
             return
         for role in roles:
             for parameter in self.roles.parameters(role):
@@ -104,8 +105,9 @@ class Trainer:
         indices, visits = self.source.share(draw, self.recipe.batch, self.rank, self.world)
         users = [slot for slot in self.slots if slot.fresh == draw % self.fresh]
         parts = []
-        for rows, times in self.source.cut(indices, visits, self.micro):
-            batch = self.source.load(rows, times)
+        cuts = self.source.cut(indices, visits, self.micro)
+        shares = (self.source.share(draw, self.recipe.batch, rank, self.world) for rank in range(self.world))
+        for batch in (*(self.source.load(*cut) for cut in cuts), *self.padding(self.source, cuts, shares)):
             shape = next(iter(batch.latents.values())).shape[1:]
             for slot in users:
                 for tag in self.method.needs.draws:
@@ -114,6 +116,18 @@ class Trainer:
                     )
             # only from pinned memory does a copy to the GPU not wait
             parts.append(batch.pin() if self.ctx.device.type == "cuda" else batch)
+        return parts
+
+    def padding(self, source: Source, cuts: Sequence[Cut], shares: Iterable[Cut]) -> list[Batch]:
+        """Micro-batches of weight 0 after ``cuts``, where shards make every process call the networks as often as the
+        one with the most micro-batches among ``shares``."""
+        if self.roles.shards is None:
+            return []
+        most = max(len(source.cut(*share, self.micro)) for share in shares)
+        rows, visits = cuts[-1]
+        parts = [source.load(rows[:1], visits[:1]) for _ in range(most - len(cuts))]
+        for part in parts:
+            part.weight.zero_()
         return parts
 
     def batches(self, draw: int) -> list[Batch]:
@@ -170,7 +184,8 @@ class Trainer:
             optimizer, parameters = self.optimizers[role], self.roles.parameters(role)
             if scaler.is_enabled():
                 scaler.unscale_(optimizer)
-            norm, skipped = guarded_step(optimizer, parameters, self.recipe.max_grad_norm)
+            across = self.reduce if self.roles.shards is not None else None
+            norm, skipped = guarded_step(optimizer, parameters, self.recipe.max_grad_norm, across)
             finite = 1 - skipped
             self.meter.add(f"grad_norm/{role}", torch.nan_to_num(norm, 0.0, 0.0, 0.0) * finite, finite)
             self.skipped += skipped
@@ -194,17 +209,19 @@ class Trainer:
     def _average(self, phase: Phase, weight: Tensor) -> None:
         """Gradients summed over processes in flat buckets, then divided by the weight sum of the whole step."""
         gradients: list[Tensor] = []
+        if self.roles.shards is not None:
+            self.roles.shards.take_gradients()
         for role in phase.trains:
             for parameter in self.roles.parameters(role):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 gradients.append(parameter.grad)
-        if self.world > 1:
+        if self.world > 1 and self.roles.shards is None:
             for bucket in _buckets(gradients):
                 flat = self.reduce(torch.cat([g.flatten() for g in bucket]))
                 pieces = flat.split([g.numel() for g in bucket])
                 torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(pieces, bucket, strict=True)])
-            weight = self.reduce(weight)
+        weight = self.reduce(weight)
         torch._foreach_mul_(gradients, self.recipe.batch / weight.clamp_min(1e-12) * (weight > 0))
 
     def reduce(self, value: Tensor) -> Tensor:
@@ -218,12 +235,18 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that an exact continuation needs; no RNG state, since draws are keyed. All processes call it."""
+        optimizers = {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()}
+        ema = {role: ema.state_dict() for role, ema in self.ema.items()}
+        if (shards := self.roles.shards) is not None:
+            optimizers = {role: shards.gather_optimizer(state) for role, state in optimizers.items()}
+            for state in ema.values():
+                state["shadow"] = [shards.gather(*named) for named in zip(shards.local, state["shadow"], strict=True)]
         return {
             "step": self.step,
             "roles": {role: self.roles.state_dict(role) for role in self.optimizers},
-            "optimizers": {role: optimizer.state_dict() for role, optimizer in self.optimizers.items()},
+            "optimizers": optimizers,
             "scalers": {name: scaler.state_dict() for name, scaler in self.scalers.items()},
-            "ema": {role: ema.state_dict() for role, ema in self.ema.items()},
+            "ema": ema,
             "meter": {name: self.reduce(value) for name, value in sorted(self.meter.sums.items())},
             "skipped": self.skipped,
             "streak": self.streak,
@@ -231,15 +254,22 @@ class Trainer:
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from ``state``."""
-        self.step = int(state["step"])
+        self.step, shards = int(state["step"]), self.roles.shards
         for role, optimizer in self.optimizers.items():
             self.roles.load_state_dict(role, state["roles"][role])
-            optimizer.load_state_dict(state["optimizers"][role])
+            moments = state["optimizers"][role]
+            optimizer.load_state_dict(moments if shards is None else shards.cut_optimizer(moments))
         for name, scaler in self.scalers.items():
             if scaler.is_enabled():
                 scaler.load_state_dict(state["scalers"][name])
         for role, ema in self.ema.items():
-            ema.load_state_dict(state["ema"][role])
+            held = state["ema"][role]
+            if shards is not None:
+                held = {
+                    **held,
+                    "shadow": [shards.cut(*named) for named in zip(shards.local, held["shadow"], strict=True)],
+                }
+            ema.load_state_dict(held)
         mine = float(self.rank == 0)  # the sums are of all processes: one of them carries on
         self.meter.sums = {name: value.to(self.ctx.device) * mine for name, value in state["meter"].items()}
         self.skipped = state["skipped"].to(self.ctx.device)

@@ -34,9 +34,10 @@ def heldout_metrics(trainer: Trainer, heldout: Source, recipe: ValidateRecipe) -
     """Loss and metrics of held-out rows, each under ``draws`` fixed (t, noise); the same on any number of processes."""
     ctx, phase = trainer.ctx, trainer.method.phases[-1]
     meter = Meter()
-    mine = heldout.indices[trainer.rank :: trainer.world].tolist()
-    padding = not mine  # more processes than rows: every process must know every metric's name
-    mine = mine or heldout.indices[:1].tolist()
+    shares = [heldout.indices[rank :: trainer.world].tolist() for rank in range(trainer.world)]
+    padding = not shares[trainer.rank]  # more processes than rows: every process must know every metric's name
+    shares = [share or heldout.indices[:1].tolist() for share in shares]
+    mine = shares[trainer.rank]
     before = ctx.phase, ctx.repeat, ctx.stats
     ctx.phase, ctx.repeat = PHASE, 0
     with torch.no_grad(), averaged(trainer):
@@ -45,6 +46,7 @@ def heldout_metrics(trainer: Trainer, heldout: Source, recipe: ValidateRecipe) -
             parts = [heldout.load(rows, visits) for rows, visits in cuts]
             for part in parts if padding else ():
                 part.weight.zero_()
+            parts += trainer.padding(heldout, cuts, ((share, [draw] * len(share)) for share in shares))
             ctx.stats = trainer.statistics(parts)
             for batch in (part.to(ctx.device) for part in parts):
                 loss = trainer.method.loss(ctx, batch, phase)

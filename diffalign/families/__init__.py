@@ -15,6 +15,7 @@ from .device import pick_device, pick_dtype
 from .folder import ModelFolder, fetch, identify, open_folder
 from .quantise import check_quantize, quantise
 from .save import save_lora, save_merged
+from .vae import vae_dtype
 
 __all__ = [
     "Model",
@@ -34,7 +35,8 @@ def detect(recipe: ModelRecipe) -> tuple[ModelFolder, str]:
     """The model's folder and family, from its configs alone.
 
     Raises UserError when the folder is none, or the family is refused or not the recipe's."""
-    folder = open_folder(recipe.path, recipe.revision, recipe.variant)
+    folder = open_folder(recipe.path, recipe.revision, recipe.variant, recipe.config)
+    folder.vae = recipe.vae
     family = identify(folder)
     if recipe.family not in {"auto", family}:
         raise UserError(f"model '{recipe.path}' is {family}, not {recipe.family}; set model.family=auto")
@@ -47,7 +49,7 @@ def load_model(recipe: ModelRecipe, device: torch.device, dtype: torch.dtype, pl
     Args:
         recipe: path, family, revision, variant, loras, attention and channels_last are used here.
         device: where it shall be (see `pick_device`).
-        dtype: number format of the U-Net (see `pick_dtype`); VAE and text encoder stay fp32.
+        dtype: number format of the U-Net (see `pick_dtype`); text encoders stay fp32, the VAE's is the recipe's.
         place: whether the U-Net goes to the device now; else `Model.place_unet` brings it, so that it need not stand
             beside the encoders while they work.
 
@@ -62,6 +64,7 @@ def load_model(recipe: ModelRecipe, device: torch.device, dtype: torch.dtype, pl
     model = kind.load(folder, torch.float32 if recipe.loras else dtype, device, dtype)
     set_attention(model.unet, recipe.attention, device)
     model.fuse_loras(recipe.loras)
+    nn.Module.to(model.vae, dtype=vae_dtype(recipe.vae_dtype, folder, family))
     nn.Module.to(model.unet, dtype=dtype)
     if recipe.channels_last:
         model.unet.to(memory_format=torch.channels_last)

@@ -38,7 +38,7 @@ class Model:
     """A frozen base: U-Net in ``dtype``, VAE and text encoder in fp32, all on ``device``, in eval mode.
 
     VAE and text encoder stay fp32 because their outputs are cached once and used thousands of times;
-    ``model.vae_dtype`` lowers the VAE. ``zero_uncond``: the unconditional branch is zeros, not the encoded empty prompt.
+    ``model.vae_dtype`` lowers the VAE. ``zero_uncond``: the unconditional branch is zeros, no encoded empty prompt.
     """
 
     zero_uncond: bool = False

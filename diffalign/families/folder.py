@@ -9,9 +9,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from .single import SingleFile
 
 Config = dict[str, Any]  # the contents of a JSON config
 
@@ -35,7 +38,8 @@ class Weights:
 @dataclass
 class ModelFolder:
     """A model in the diffusers layout. ``index``, ``unet`` and ``scheduler`` are its JSON configs; ``replaced`` holds
-    the folders of components that come from elsewhere (``model.vae``)."""
+    the folders of components that come from elsewhere. ``single``: the checkpoint file that `fetch` makes the folder of;
+    ``vae``: the name of the VAE that `fetch` puts in place of the model's own."""
 
     source: str
     path: Path
@@ -44,6 +48,8 @@ class ModelFolder:
     scheduler: Config
     variant: str | None = None
     replaced: dict[str, Path] = field(default_factory=dict)
+    single: SingleFile | None = None
+    vae: str | None = None
     _hashes: dict[str, str] = field(default_factory=dict)
 
     def part(self, component: str) -> Path:
@@ -173,13 +179,20 @@ def builtin_models() -> list[str]:
     return sorted(p.name for p in root.iterdir() if p.is_dir() and p.joinpath("model_index.json").is_file())
 
 
-def open_folder(source: str, revision: str | None = None, variant: str | None = None) -> ModelFolder:
-    """A model by folder, built-in name or hub id. Only configs are read; a hub model is downloaded by `fetch`.
+def open_folder(
+    source: str, revision: str | None = None, variant: str | None = None, config: str | None = None
+) -> ModelFolder:
+    """A model by folder, single file, built-in name or hub id. Only configs (of a file: names and shapes) are read;
+    `fetch` downloads a hub model and converts a file.
 
-    Raises UserError: no such folder or hub model, a single file, not the diffusers layout."""
+    Raises UserError: no such folder or hub model, not the diffusers layout, a file that is no checkpoint."""
     path = Path(source).expanduser()
     if path.is_file():
-        raise UserError(f"model '{source}' is a single file; give a folder in the diffusers layout or a hub id")
+        from .single import open_single, recognise
+
+        return open_single(recognise(path, config))
+    if config is not None:
+        raise UserError(f"model.config is for single files, and model '{source}' is none; set model.config=null")
     if path.is_dir():
         if (path / "model" / "model_index.json").is_file() and not (path / "model_index.json").is_file():
             path = path / "model"  # a run's folder
@@ -226,9 +239,22 @@ def _open_hub(source: str, revision: str | None, variant: str | None) -> ModelFo
 
 
 def fetch(folder: ModelFolder, revision: str | None) -> None:
-    """Brings a hub model's weights into the local cache (safetensors first, no safety checker); else does nothing."""
-    if Path(folder.source).is_dir() or not HUB_ID.match(folder.source):
-        return
+    """Brings a hub model's weights into the local cache (safetensors first, no safety checker), makes the folder of a
+    single file, and finds the VAE that replaces the model's; else does nothing."""
+    if folder.single is not None:
+        from .single import convert
+
+        folder.path, folder.variant = convert(folder.single), None
+        folder.scheduler = folder.config("scheduler", "scheduler_config.json")
+    elif not Path(folder.source).is_dir() and HUB_ID.match(folder.source):
+        _download(folder, revision)
+    if folder.vae is not None:
+        from .vae import find_vae
+
+        folder.replaced["vae"] = find_vae(folder.vae, folder)
+
+
+def _download(folder: ModelFolder, revision: str | None) -> None:
     from diffusers import DiffusionPipeline
 
     skip: Mapping[str, None] = {"safety_checker": None, "feature_extractor": None, "image_encoder": None}

@@ -67,7 +67,7 @@ class SDXL(Model):
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str], batch: int = 64) -> Cond:
         """Penultimate states (B, 77, D1 + D2) and ``text_embeds`` (B, P), fp32 on the device; no sizes yet."""
-        self.ensure_encoders()
+        self.ensure_encoders(self.text_encoder, self.text_encoder_2)
         pairs = ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2))
         parts = []
         # an empty list goes through as one empty text, for the shapes

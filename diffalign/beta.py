@@ -1,8 +1,7 @@
 """``train --suggest-beta``: how large the sigmoid's argument will be, from a short probe, before a run is paid for.
 
-At the start student and base are one network: Delta = (m_w - m_l) - (r_w - r_l) is 0 for every pair and nothing about
-the base alone says how large it will get. But two things hold for every method whose logit is u = -(beta/2) Delta times a
-constant:
+At the start student and base are one network: Delta = (m_w - m_l) - (r_w - r_l) is 0 for every pair, and nothing about
+the base alone says how large it will get. But for every method whose logit is u = -(beta/2) Delta (times a constant):
 
 * while |u| is small the gradient is beta/4 (grad m_w - grad m_l), and Adam, Adafactor and clipping by norm divide its
   length out again: the first steps are the same for every beta;
@@ -10,15 +9,16 @@ constant:
 
 So the probe trains a student in memory on the linear part of the loss alone (-u/2: the same first gradient, no tie to
 the base) and watches the held-out winners. Untied, their error first holds and then rises: the margin goes on growing
-because the losers get worse still. Where the winners' error stands 2 % above the base's (the guard's threshold) lies the
-edge, and the errors' differences there are the scale that beta has to meet: the suggestion makes the mean of |u| at the
-edge equal to 1, where a typical pair's gradient has fallen to about half, so that the tie takes hold before the damage.
-A hundredth of it lets the student run far past the edge; a hundred times it puts noise of a hundredth of the edge's
-differences on the flat part of the sigmoid.
+because the losers get worse still. Where the winners' error stands 2 % above the base's (the guard's threshold) lies
+the edge, and the errors' differences there are the scale that beta has to meet: the suggestion makes the mean of |u| at
+the edge equal to 1, where a won pair's gradient has fallen to about half, so that the tie takes hold before the damage.
+A hundredth of it lets the student run far past the edge; a hundred times it puts differences of a hundredth of the
+edge's, which are noise, on the flat part of the sigmoid.
 
-The learning rate is the recipe's at its peak. Where the edge is not reached in ``PATIENT`` steps it doubles every
-``EVERY`` steps: the differences at the edge depend little on how fast it is reached, and a run that never comes near it
-is not hurt by a beta that would hold it there. (Own derivation, measured on the tiny world only.)
+The learning rate is the recipe's at its peak, after ``WARM`` steps of warm-up. Where the edge is not reached in
+``PATIENT`` steps it doubles every ``EVERY`` steps: the differences at the edge depend little on how fast it is reached,
+and a run that never comes near it is not hurt by a beta that would hold it there. (Own derivation, measured on the tiny
+world only.)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .setup import Parts, build, make_method_of
 if TYPE_CHECKING:
     from rich.console import Console
 
-PATIENT, LONGEST, EVERY = 32, 96, 8
+WARM, PATIENT, LONGEST, EVERY = 16, 48, 96, 8
 PHASE = "probe"  # keys the draws of the probe's pairs
 DRAWS = 4
 FACTORS = (0.01, 0.1, 1 / 3, 1.0, 3.0, 10.0, 100.0)
@@ -217,7 +217,7 @@ def _probing(recipe: Recipe) -> Recipe:
     found = recipe.model_copy(deep=True)
     train = found.train
     train.lr = train.role_lr.get("student", train.lr)
-    train.role_lr, train.schedule, train.warmup, train.ema = {}, "constant", 0, None
+    train.role_lr, train.schedule, train.warmup, train.ema = {}, "constant", WARM, None
     found.data.reference_errors = None
     return found
 

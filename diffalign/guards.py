@@ -32,8 +32,8 @@ class Alarm:
 class Guards:
     """Compares what is logged with the start of the same run.
 
-    ``winner``: the winner's held-out error is more than 1 % above the base's. ``sigmoid``: more than half of the
-    logits are beyond 5, where a pair has no gradient left, and a quarter more of them than at the start.
+    ``winner``: the winner's held-out error is more than 2 % above the base's. ``sigmoid``: more than 0.3 of the
+    logits are beyond 5, where a won pair has no gradient left, and 0.15 more than at the start.
     ``pictures``: within a prompt the samples differ by less than 0.6 of the base's, or their mean brightness or
     saturation moved by more than 0.15. ``gradient``: the gradient norm is above 10 times its median so far. Each fires
     once a run. The thresholds are those by which the report reads the curves; ``eval/health.py`` says where they come
@@ -62,19 +62,21 @@ class Guards:
 
     def logged(self, values: Mapping[str, float]) -> list[Alarm]:
         """Alarms of a row of training numbers."""
+        self.first.setdefault("train", dict(values))
         found: dict[str, str] = {}
         for name, norm in values.items():
             before = self.norms.get(name, [])
             if name.startswith("grad_norm/") and len(before) >= BEFORE and norm > NORM_TIMES * median(before):
                 role = name.removeprefix("grad_norm/")
                 found["gradient"] = f"the gradient norm of {role} is {norm:.3g}, usual is {median(before):.3g}"
-        found |= self._sigmoid("train", values)
+        found |= self._sigmoid(values)
         self._remember("train", values)
         return self._alarms(found)
 
     def looked(self, values: Mapping[str, float]) -> list[Alarm]:
         """Alarms of held-out numbers and samples."""
-        found = self._sigmoid("validate", values)
+        self.first.setdefault("validate", dict(values))
+        found = self._sigmoid(values)
         gain, error = values.get("chosen_gain"), values.get("chosen_error")
         if gain is not None and error is not None and gain < -WINNER_WORSE * (error + gain):
             above = f"the winner's held-out error is above the base's by {-gain:.2e}"
@@ -83,11 +85,14 @@ class Guards:
         self._remember("validate", values)
         return self._alarms(found)
 
-    def _sigmoid(self, kind: str, values: Mapping[str, float]) -> dict[str, str]:
-        share, start = values.get("saturated", 0.0), self.first.get(kind, {}).get("saturated", 0.0)
-        if share < SATURATED or share < start + SATURATED / 2:
+    def _sigmoid(self, values: Mapping[str, float]) -> dict[str, str]:
+        share = values.get("saturated", 0.0)
+        start = self.first.get("validate", {}).get("saturated")
+        if start is None:  # nothing held out: against the base no logit is saturated at first
+            start = 0.0 if "chosen_gain" in values else self.first.get("train", {}).get("saturated", 0.0)
+        if share <= max(SATURATED, start + SATURATED / 2):
             return {}
-        return {"sigmoid": f"{share:.0%} of the logits are beyond 5, where a pair teaches nothing more"}
+        return {"sigmoid": f"{share:.0%} of the logits are beyond 5: won pairs teach nothing, lost ones pull in full"}
 
     def _pictures(self, values: Mapping[str, float]) -> dict[str, str]:
         base, faults = self.first.get("validate", {}), []
@@ -95,7 +100,7 @@ class Guards:
             faults.append(f"the samples' diversity fell from {base['diversity']:.3f} to {values['diversity']:.3f}")
         for name, most in (("brightness", BRIGHTNESS_MOVED), ("saturation", SATURATION_MOVED)):
             if {name} <= values.keys() & base.keys() and abs(values[name] - base[name]) > most:
-                faults.append(f"their mean {name} went from {base[name]:.2f} to {values[name]:.2f}")
+                faults.append(f"the samples' mean {name} went from {base[name]:.2f} to {values[name]:.2f}")
         return {"pictures": "; ".join(faults)} if faults else {}
 
     def _remember(self, kind: str, values: Mapping[str, float]) -> None:

@@ -12,17 +12,20 @@ from ..errors import UserError
 from .plots import WARN, A, B, Curve, curves_svg
 
 LogRow = Mapping[str, object]
-SKIP = {"step", "time", "kind", "epoch", "skipped"}
+SKIP = {"step", "time", "kind", "epoch", "skipped", "held_out"}
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Numbers that are read together: (key, label, colour)."""
+    """Numbers that are read together: (key, label, colour). ``guard``: whose alarms are marked in it. ``based``: the
+    value at step 0, which is the base's, stays in sight."""
 
     title: str
     keys: tuple[tuple[str, str, str], ...]
     level: float | None = None
     log: bool = False
+    guard: str = ""
+    based: bool = False
 
 
 PANELS = (
@@ -30,15 +33,24 @@ PANELS = (
         "Gain over the base (above 0: lower error)",
         (("chosen_gain", "winner", A), ("rejected_gain", "loser (raised)", WARN)),
         level=0.0,
+        guard="winner",
     ),
-    Panel("Denoising error", (("chosen_error", "winner", A), ("rejected_error", "loser", WARN))),
+    Panel("Denoising error", (("chosen_error", "winner", A), ("rejected_error", "loser", WARN)), based=True),
     Panel("Implicit accuracy", (("accuracy", "accuracy", A),), level=0.5),
     Panel("Margin", (("margin", "margin", A),), level=0.0),
     Panel("Loss", (("loss", "loss", A),)),
-    Panel("Scale of the sigmoid's argument", (("logit_abs", "mean |logit|", A), ("saturated", "share above 5", WARN))),
-    Panel("Samples: brightness and saturation", (("brightness", "brightness", A), ("saturation", "saturation", B))),
+    Panel("Scale of the sigmoid's argument", (("logit_abs", "mean |logit|", A),)),
+    Panel("Saturated: share of |logit| above 5", (("saturated", "share", A),), guard="sigmoid"),
+    Panel("Samples: diversity within a prompt", (("diversity", "diversity", A),), guard="pictures", based=True),
+    Panel(
+        "Samples: brightness and saturation",
+        (("brightness", "brightness", A), ("saturation", "saturation", B)),
+        guard="pictures",
+        based=True,
+    ),
     Panel("Learning rate", (("lr", "lr", A),)),
 )
+DRAWN = {"brightness", "saturation", "diversity"}  # of samples: neither trained on nor held out
 QUIET = {"logit", "data_share"}  # in the log, but no panel of its own: the panels above say the same
 
 
@@ -85,7 +97,7 @@ def panels(rows: Sequence[LogRow]) -> list[str]:
     groups = list(PANELS)
     if norms:
         keys = tuple((n, n.removeprefix("grad_norm").strip("/_") or "all", colours[i % 3]) for i, n in enumerate(norms))
-        groups.append(Panel("Gradient norm", keys, log=True))
+        groups.append(Panel("Gradient norm", keys, log=True, guard="gradient"))
     known = {key for group in groups for key, _, _ in group.keys}
     groups += [Panel(name.replace("_", " "), ((name, name, A),)) for name in sorted(names - known)]
     drawn = []
@@ -95,8 +107,28 @@ def panels(rows: Sequence[LogRow]) -> list[str]:
             for kind in ("train", "validate"):
                 steps, values = series(rows, key, kind)
                 if steps:
-                    held = kind == "validate" and key not in ("brightness", "saturation")
-                    curves.append(Curve(label, steps, values, colour, dashed=held))
+                    base = values[0] if group.based and kind == "validate" and steps[0] == 0 else None
+                    curves.append(Curve(label, steps, values, colour, kind == "validate" and key not in DRAWN, base))
         if curves and any(len(curve.steps) > 1 for curve in curves):
-            drawn.append(curves_svg(group.title, curves, group.level, group.log))
+            marks = [float(alarm.step) for alarm in alarms(rows) if alarm.guard == group.guard]
+            drawn.append(curves_svg(group.title, curves, group.level, group.log, marks))
     return drawn
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A guard that fired."""
+
+    step: int
+    guard: str
+    text: str
+    policy: str
+
+
+def alarms(rows: Sequence[LogRow]) -> list[Alarm]:
+    """The guards that fired, in order."""
+    return [
+        Alarm(step, str(row.get("guard", "")), str(row.get("text", "")), str(row.get("policy", "")))
+        for row in rows
+        if row.get("kind") == "guard" and isinstance(step := row["step"], int)
+    ]

@@ -1,76 +1,268 @@
-"""Which known picture a run resembles, read from its curves; the thresholds are those of the guards too."""
+"""Which known picture a run resembles, read from its curves and samples alone; its thresholds are the guards' too.
+
+Measured on the tiny world (64 held-out pairs x 4 draws, 8 prompts x 2 samples, 150 steps); see ``tests/test_health.py``
+for the runs. Columns: rise of the winner's held-out error over the base's, held-out accuracy, samples' diversity as a
+share of the base's, largest move of mean brightness or saturation, share of saturated logits.
+
+NUMBERS
+
+Thresholds lie between the healthy runs and the others, by a factor where there is room. They are a reading of curves,
+not a law: a good run on other data may look otherwise, and only a comparison of samples with the base's (``diffalign
+eval``) says whether pictures became better.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from .curves import LogRow, series
 
-WINNER_WORSE = 0.01
-SATURATED = 0.5
-DIVERSITY_KEPT = 0.6
+WINNER_WORSE = 0.02  # the guard speaks: the winner's error is this share above the base's
+WINNER_LOST = 0.05  # the report judges
+SATURATED = 0.3  # share of logits beyond 5
+DIVERSITY_KEPT = 0.6  # of the base's
 BRIGHTNESS_MOVED = 0.15
 SATURATION_MOVED = 0.15
-NORM_TIMES = 10.0
+NORM_TIMES = 10.0  # a gradient norm over its median so far
+FALLEN = 0.1  # accuracy, below its best
+DRAWS = 256  # held-out (pair, draw) where the log does not say how many
+STILL = 0.002  # change of the errors, as a share of them
+WEAK = 0.02  # mean |logit|
+
+Verdict = Literal["healthy", "collapsed", "over-optimised", "not learning", "unclear"]
+
+
+State = Literal["good", "bad", "open"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One measure as a person would read it. ``state``: good, bad, or open where it says little."""
+
+    name: str
+    start: float | None
+    end: float
+    state: State
+    words: str
 
 
 @dataclass(frozen=True)
 class Health:
-    """Which known picture a run resembles: healthy | collapsed | over-optimised | not learning | unclear."""
+    """Which known picture a run resembles, why, what to change next, and every measure that was looked at."""
 
-    verdict: str
+    verdict: Verdict
     reason: str
+    advice: str = ""
+    findings: Sequence[Finding] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What the rules look at; None where the log does not hold it. ``damage``: rise of the winner's error over the
+    base's (or over its own at step 0), as a share. ``moved``: the larger change of the two errors, as a share."""
+
+    held: bool
+    accuracy: float | None
+    accuracy_start: float
+    accuracy_best: float
+    best_step: int | None
+    damage: float | None
+    moved: float | None
+    logit: float | None
+    saturated: float | None
+    saturated_start: float
+    pictures: dict[str, tuple[float, float]]
+    points: int
+    draws: float = DRAWS
+
+    @property
+    def gained(self) -> float:
+        """Accuracy above where it started."""
+        return (self.accuracy or 0.0) - self.accuracy_start
+
+    @property
+    def noise(self) -> float:
+        """A standard error of held-out accuracy; draws of one pair are counted as if they were pairs of their own."""
+        return max(0.01, 0.5 / self.draws**0.5)
+
+    @property
+    def full(self) -> bool:
+        """Whether too many logits are saturated, and more than at the start."""
+        return self.saturated is not None and self.saturated > max(SATURATED, self.saturated_start + SATURATED / 2)
+
+    @property
+    def diversity(self) -> float | None:
+        """Diversity as a share of the base's."""
+        if "diversity" not in self.pictures or self.pictures["diversity"][0] <= 0:
+            return None
+        start, end = self.pictures["diversity"]
+        return end / start
+
+    @property
+    def drift(self) -> float:
+        """Largest move of brightness or saturation, in units of its threshold."""
+        limits = {"brightness": BRIGHTNESS_MOVED, "saturation": SATURATION_MOVED}
+        moves = [abs(end - start) / limits[name] for name, (start, end) in self.pictures.items() if name in limits]
+        return max(moves, default=0.0)
 
 
 def health(rows: Sequence[LogRow]) -> Health:
-    """Read a preference run's curves as a person would, held-out numbers before those of training.
+    """Read a run's curves as a person would, held-out numbers before those of training.
 
-    collapsed: the winner's error rose above the base's by more than a twentieth of it.
-    over-optimised: held-out accuracy fell by 0.1 from a best above 0.55, or half of the logits are saturated.
-    not learning: held-out accuracy within 0.03 of one half at the end. healthy: above that, winners not worse.
-    """
+    collapsed: samples of a prompt became alike, or the winner's error rose while the preference was not learnt.
+    over-optimised: the preference was learnt, at the price of the winner's error, the samples' colours, held-out
+    accuracy, or with most logits saturated. not learning: held-out accuracy stayed within its noise, or nothing moved.
+    healthy: accuracy rose, winners hold, samples hold. unclear: anything between, or too little to tell."""
+    found = read(rows)
+    findings = _findings(found)
+    verdict, reason, advice = _judge(found)
+    return Health(verdict, reason, advice, findings)
+
+
+def read(rows: Sequence[LogRow]) -> Readings:
+    """The numbers behind a verdict: means over the last fifth of the curve (at least its last point)."""
     held = any(row.get("kind") == "validate" and "accuracy" in row for row in rows)
+    held = held or any(row.get("kind") == "validate" and "chosen_error" in row for row in rows)
     kind = "validate" if held else "train"
-    accuracy = series(rows, "accuracy", kind)[1]
-    if len(accuracy) < 2:
-        return Health("unclear", "the log holds no preference curves, or too few points to tell")
-    tail = max(1, len(accuracy) // 5)
 
     def end(key: str, where: str = kind) -> float | None:
         values = series(rows, key, where)[1]
-        return sum(values[-tail:]) / len(values[-tail:]) if values else None
+        tail = max(1, len(values) // 5)
+        return sum(values[-tail:]) / tail if values else None
 
-    where = "held-out" if held else "training"
-    last = end("accuracy") or 0.0
-    gain, error, saturated = end("chosen_gain"), end("chosen_error"), end("saturated", "train")
-    if gain is not None and error and gain < -0.05 * (error + gain):
-        return Health(
-            "collapsed",
-            f"the winner's {where} error is {-gain / (error + gain):.0%} above the base's: it unlearns its images",
-        )
-    if held and max(accuracy) > 0.55 and max(accuracy) - last > 0.1:
-        return Health(
-            "over-optimised",
-            f"held-out accuracy fell from {max(accuracy):.2f} to {last:.2f}; an earlier checkpoint is better",
-        )
-    if saturated is not None and saturated > 0.5:
-        return Health(
-            "over-optimised",
-            f"{saturated:.0%} of the logits are saturated; lower beta or the learning rate, or stop earlier",
-        )
-    if abs(last - 0.5) <= 0.03:
-        return Health(
-            "not learning",
-            f"{where} accuracy is {last:.2f}: raise the learning rate, beta or the steps, or check the labels",
-        )
-    if last < 0.5:
-        return Health(
-            "not learning", f"{where} accuracy is {last:.2f}, below one half: are winners and losers swapped?"
-        )
-    extra = (
-        ""
-        if gain is None
-        else f" and the winner's error {'fell' if gain >= 0 else 'stayed within 5 %'} against the base"
+    def start(key: str, where: str = kind) -> float | None:
+        steps, values = series(rows, key, where)
+        return values[0] if values and steps[0] == 0 else None
+
+    steps, curve = series(rows, "accuracy", kind)
+    best = max(range(len(curve)), key=curve.__getitem__, default=None)
+    error, first, gain = end("chosen_error"), start("chosen_error"), end("chosen_gain")
+    base = first if first is not None else error + gain if error is not None and gain is not None else None
+    damage = error / base - 1 if error is not None and base else None
+    lost = end("rejected_gain")
+    moved = None if damage is None else abs(damage)
+    if moved is not None and lost is not None and base:
+        moved = max(moved, abs(lost) / base)
+    begin = start("accuracy")
+    return Readings(
+        held,
+        end("accuracy"),
+        0.5 if begin is None else begin,
+        curve[best] if best is not None else 0.0,
+        int(steps[best]) if best is not None else None,
+        damage,
+        moved,
+        end("logit_abs"),
+        end("saturated"),
+        start("saturated") or 0.0,
+        {
+            name: (first_value, last_value)
+            for name in ("diversity", "brightness", "saturation")
+            if (first_value := start(name, "validate")) is not None
+            and (last_value := end(name, "validate")) is not None
+        },
+        max(len(curve), len(series(rows, "chosen_error", kind)[1])),
+        end("held_out", "validate") or DRAWS,
     )
-    return Health("healthy", f"{where} accuracy is {last:.2f}{extra}")
+
+
+def _judge(r: Readings) -> tuple[Verdict, str, str]:
+    """The picture, why, and what to do next."""
+    where = "held-out" if r.held else "training"
+    lower = "lower train.lr, or take the best checkpoint (output.weights=best)"
+    loose = r.logit is not None and r.logit < 1 and r.accuracy is not None
+    tie = "raise method.beta (`--suggest-beta` names one) or lower train.lr" if loose else "lower train.lr"
+    if r.diversity is not None and r.diversity < DIVERSITY_KEPT:
+        return "collapsed", f"samples of one prompt became alike: {r.diversity:.0%} of the base's diversity", tie
+    if r.points < 2:
+        return "unclear", "the log holds no preference curves, or too few points to tell", ""
+    hurt = r.damage is not None and r.damage > WINNER_LOST
+    rise = r.damage or 0.0
+    worse = f"the winner's {where} error is {f'{rise:.0%} above' if rise < 2 else f'{1 + rise:.0f} times'} the base's"
+    colours = ", ".join(
+        f"{name} {a:.2f} to {b:.2f}" for name, (a, b) in r.pictures.items() if name != "diversity" and a != b
+    )
+    if r.accuracy is None:
+        return _judge_plain(r, hurt, worse, where, lower)
+    said = f"{where} accuracy {r.accuracy:.2f}"
+    if hurt and r.gained < 2 * r.noise:
+        return "collapsed", f"{worse} while {said} is no better than at the start: it unlearns its images", tie
+    if r.drift > 1 and r.gained < 2 * r.noise:
+        return "collapsed", f"the samples' colours drifted ({colours}) and {said} says that nothing was learnt", tie
+    if hurt:
+        size = f", and at a mean |logit| of {r.logit:.2g} the sigmoid never held it back" if loose else ""
+        return (
+            "over-optimised",
+            f"the preference is won ({said}), but {worse}{size}",
+            f"{tie}; or stop at an earlier checkpoint",
+        )
+    if r.held and r.accuracy_best - r.accuracy_start > 2 * r.noise and r.accuracy_best - r.accuracy > FALLEN:
+        text = f"{said}, fallen from {r.accuracy_best:.2f} at step {r.best_step}: it learns its training pairs by heart"
+        return "over-optimised", text, "stop earlier, use more pairs, or raise method.beta"
+    if r.full:
+        text = f"{r.saturated:.0%} of the logits are saturated: won pairs teach nothing, lost ones pull with full force"
+        if r.gained >= 2 * r.noise:
+            return "over-optimised", text, "lower method.beta (`--suggest-beta` names one) or stop earlier"
+        return "not learning", f"{said}, and {text}", "lower method.beta (`--suggest-beta` names one)"
+    if r.drift > 1:
+        return "over-optimised", f"the preference is won ({said}), but the samples' colours drifted ({colours})", tie
+    if (r.moved is not None and r.moved < STILL) and (r.logit is None or r.logit < WEAK):
+        text = f"the errors moved by {r.moved:.2%} of themselves: the student hardly left the base"
+        return "not learning", text, "raise train.lr or train.steps"
+    if r.gained < -2 * r.noise:
+        return "not learning", f"{said}, below the start: are winners and losers swapped?", "look at the labels"
+    if r.gained < r.noise:
+        text = f"{said}, {r.accuracy_start:.2f} at the start: the student moves, held-out pairs do not follow"
+        return "not learning", text, "check the labels (`pairs check`), use more pairs, or train longer"
+    if r.gained < 2 * r.noise:
+        return "unclear", f"{said} is above the start by less than its noise", "train longer, or hold more pairs out"
+    price = "" if r.damage is None else f", and the winner's error {_change(r.damage)}"
+    return "healthy", f"{said}{price}", "compare samples with the base's: `diffalign eval`"
+
+
+def _judge_plain(r: Readings, hurt: bool, worse: str, where: str, lower: str) -> tuple[Verdict, str, str]:
+    """Methods without a preference logit: the winner's error and the samples alone."""
+    if r.damage is None:
+        return "unclear", "the log holds no curves that these rules read", ""
+    if hurt or r.drift > 1:
+        return "collapsed", worse if hurt else "the samples' colours drifted from the base's", lower
+    if r.damage < -STILL:
+        return "healthy", f"the {where} error {_change(r.damage)}", "compare samples with the base's: `diffalign eval`"
+    if abs(r.damage) <= STILL:
+        return "not learning", f"the {where} error {_change(r.damage)}", "raise train.lr or train.steps"
+    return "unclear", f"the {where} error {_change(r.damage)}", lower
+
+
+def _change(damage: float) -> str:
+    return f"{'rose' if damage > 0 else 'fell'} by {abs(damage):.1%}"
+
+
+def _findings(r: Readings) -> list[Finding]:
+    """Every measure in words, for the report's table."""
+    found: list[Finding] = []
+    state: State
+    if r.accuracy is not None:
+        state = "good" if r.gained >= 2 * r.noise else "bad" if r.gained < r.noise else "open"
+        words = f"best {r.accuracy_best:.2f} at step {r.best_step}"
+        found.append(Finding("accuracy", r.accuracy_start, r.accuracy, state, words))
+    if r.damage is not None:
+        state = "bad" if r.damage > WINNER_LOST else "open" if r.damage > WINNER_WORSE else "good"
+        found.append(Finding("winner's error, change", 0.0, r.damage, state, f"bad above +{WINNER_LOST:.0%}"))
+    if r.logit is not None:
+        words = "below 1 the tie to the base is loose; 1 to 3 is where the sigmoid works"
+        found.append(Finding("mean |logit|", None, r.logit, "open", words))
+    if r.saturated is not None:
+        words, state = f"beyond 5; bad above {SATURATED:.0%}", "bad" if r.full else "good"
+        found.append(Finding("saturated logits", r.saturated_start, r.saturated, state, words))
+    limits = {"brightness": BRIGHTNESS_MOVED, "saturation": SATURATION_MOVED}
+    for name, (start, end) in r.pictures.items():
+        if name == "diversity":
+            bad = end < DIVERSITY_KEPT * start
+            words = f"between samples of one prompt; bad below {DIVERSITY_KEPT:.0%} of the base's"
+        else:
+            bad = abs(end - start) > limits[name]
+            words = f"of the samples; bad when it moves by more than {limits[name]:g}"
+        found.append(Finding(name, start, end, "bad" if bad else "good", words))
+    return found

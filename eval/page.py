@@ -58,9 +58,13 @@ def picture_uri(path: Path, longest: int = THUMBNAIL) -> str | None:
     """A picture as a data URI: small ones as PNG, large ones shrunk to JPEG. None when unreadable."""
     try:
         with Image.open(path) as opened:
-            image = opened.convert("RGB")
+            return image_uri(opened.convert("RGB"), longest)
     except OSError:
         return None
+
+
+def image_uri(image: Image.Image, longest: int = THUMBNAIL) -> str:
+    """An RGB image as a data URI, as `picture_uri` has it."""
     stream = io.BytesIO()
     if max(image.size) <= PIXELATED:
         image.save(stream, "PNG", optimize=True)

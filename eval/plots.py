@@ -17,13 +17,14 @@ MAX_RAW = 120  # points of a curve above which a running mean is drawn over it
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a panel; ``dashed`` for held-out numbers."""
+    """One line of a panel; ``dashed`` for held-out numbers. ``base``: the value at step 0, drawn as a thin line."""
 
     label: str
     steps: Sequence[float]
     values: Sequence[float]
     colour: str = A
     dashed: bool = False
+    base: float | None = None
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
@@ -104,14 +105,21 @@ class Figure:
         return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(head + self.parts)}</svg>'
 
 
-def curves_svg(title: str, curves: Sequence[Curve], level: float | None = None, log: bool = False) -> str:
-    """A panel of training curves over steps. ``level``: a thin line at a value that means something."""
+def curves_svg(
+    title: str, curves: Sequence[Curve], level: float | None = None, log: bool = False, marks: Sequence[float] = ()
+) -> str:
+    """A panel of training curves over steps. ``level``: a thin line at a value that means something. ``marks``: steps
+    at which a guard fired."""
     flat = [v for c in curves for v in c.values] + ([] if level is None else [level])
     steps = [s for c in curves for s in c.steps]
     figure = Figure(title, (min(steps), max(steps)), (min(flat), max(flat)), log and min(flat) > 0)
     if level is not None:
         figure.rule(INK, y=level, dash="2 3")
+    for mark in marks:
+        figure.rule(WARN, x=mark, dash="1 3")
     for curve in curves:
+        if curve.base is not None:
+            figure.rule(curve.colour, y=curve.base, dash="1 4")
         x, y = np.asarray(curve.steps, float), np.asarray(curve.values, float)
         if len(x) > MAX_RAW and not curve.dashed:
             figure.line(x.tolist(), y.tolist(), f'stroke="{curve.colour}" stroke-width=".7" opacity=".28"')
@@ -125,6 +133,8 @@ def curves_svg(title: str, curves: Sequence[Curve], level: float | None = None, 
             figure.legend.append((curve.label, curve.colour, curve.dashed))
     if any(curve.dashed for curve in curves):
         figure.legend.append(("held out", INK, True))
+    if any(curve.base is not None for curve in curves):
+        figure.legend.append(("··· base", INK, False))
     return figure.svg()
 
 
@@ -165,6 +175,8 @@ def number(value: float, sign: bool = False) -> str:
 
 
 def _widen(low: float, high: float, share: float) -> tuple[float, float]:
+    if high == low == 0:
+        return 0.0, 1.0
     if high <= low:
         pad = abs(low) * 0.1 or 1.0
         return low - pad, high + pad

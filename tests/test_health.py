@@ -1,0 +1,192 @@
+"""The report names the picture a run resembles: rules on written curves, and each picture by a real run on tiny-sd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import diffalign
+from diffalign.errors import RunError
+from diffalign.eval.curves import alarms
+from diffalign.eval.health import Health, health, read
+from diffalign.guards import Guards
+from diffalign.recipe import GuardsRecipe, load_recipe
+from diffalign.run import Run
+
+Row = dict[str, Any]
+
+
+def curve(accuracy: float = 0.7, gain: float = 0.002, looks: int = 5, draws: int = 256, **ends: float) -> list[Row]:
+    """Looks of a DPO run that goes straight from the base to what is asked for."""
+    start = {
+        "accuracy": 0.5,
+        "logit_abs": 0.0,
+        "saturated": 0.0,
+        "diversity": 0.3,
+        "brightness": 0.5,
+        "saturation": 0.4,
+    }
+    end = {**start, "accuracy": accuracy, "logit_abs": 1.5, **ends}
+    rows = []
+    for i in range(looks):
+        x = i / (looks - 1)
+        row = {name: start[name] + x * (end[name] - start[name]) for name in start}
+        row |= {
+            "chosen_error": 0.1 - gain * x,
+            "rejected_error": 0.1,
+            "chosen_gain": gain * x,
+            "rejected_gain": 0.01 * x,
+        }
+        rows.append({"step": 50 * i, "kind": "validate", "held_out": draws, **row})
+    return rows
+
+
+FALLEN: list[Row] = [{"step": 900 + i, "kind": "validate", "accuracy": 0.52} for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict", "words"),
+    [
+        (curve(), "healthy", "held-out accuracy 0.70"),
+        (curve(gain=-0.003), "healthy", "rose by 3.0%"),
+        (curve(accuracy=0.52), "not learning", "held-out pairs do not follow"),
+        (curve(accuracy=0.545), "unclear", "less than its noise"),
+        (curve(accuracy=0.545, draws=4000), "healthy", "0.55"),
+        (curve(accuracy=0.3), "not learning", "swapped"),
+        (curve(accuracy=0.52, saturated=0.6, logit_abs=9), "not learning", "lower method.beta"),
+        (curve(saturated=0.6, logit_abs=9), "over-optimised", "60% of the logits"),
+        (curve(gain=-0.05, logit_abs=0.1), "over-optimised", "raise method.beta"),
+        (curve(brightness=0.2), "over-optimised", "brightness 0.50 to 0.20"),
+        (curve(accuracy=0.48, gain=-0.05), "collapsed", "50% above"),
+        (curve(accuracy=0.45, gain=-0.9), "collapsed", "10 times"),
+        (curve(diversity=0.1), "collapsed", "33% of the base's diversity"),
+        (curve(accuracy=0.5, saturation=0.9), "collapsed", "saturation 0.40 to 0.90"),
+        (
+            curve() + [{"step": 900 + i, "kind": "validate", "accuracy": 0.52} for i in range(5)],
+            "over-optimised",
+            "0.70",
+        ),
+        ([{"step": 1, "kind": "train", "loss": 1.0}], "unclear", "too few"),
+    ],
+)
+def test_rules(rows: list[Row], verdict: str, words: str) -> None:
+    found = health(rows)
+    assert found.verdict == verdict and words in f"{found.reason}; {found.advice}", found
+
+
+def test_a_student_that_did_not_move(tmp_path: Path) -> None:
+    rows = curve(accuracy=0.58, gain=1e-6, logit_abs=0.001)
+    for row in rows:
+        row["rejected_gain"] = 1e-6
+    assert health(rows).verdict == "not learning" and "train.lr" in health(rows).advice
+
+
+def test_methods_without_a_logit_are_read_by_their_error() -> None:
+    def rows(end: float, **pictures: float) -> list[Row]:
+        first = {"step": 0, "kind": "validate", "chosen_error": 0.1, "brightness": 0.5}
+        return [first, {"step": 9, "kind": "validate", "chosen_error": end, "brightness": 0.5, **pictures}]
+
+    verdicts = [health(rows(end)).verdict for end in (0.09, 0.1, 0.102, 0.12)]
+    assert verdicts == ["healthy", "not learning", "unclear", "collapsed"]
+    assert health(rows(0.09, brightness=0.8)).verdict == "collapsed"
+
+
+def test_reference_free_methods_are_read_from_their_start() -> None:
+    """MaPO's accuracy is that of the base at step 0 and its logits may be saturated there already."""
+    rows = curve(accuracy=0.7)
+    for row in rows:
+        row |= {"accuracy": 0.2 + row["accuracy"], "saturated": 0.55}
+        del row["chosen_gain"], row["rejected_gain"]
+    assert read(rows).gained == pytest.approx(0.2) and health(rows).verdict == "healthy"
+
+
+def test_guards_compare_with_the_start_and_speak_once() -> None:
+    guards = Guards(GuardsRecipe(gradient="off"))
+    start = {"chosen_gain": 0.0, "chosen_error": 0.1, "saturated": 0.5, "diversity": 0.3, "brightness": 0.5}
+    assert guards.looked(start) == []
+    held = start | {"chosen_gain": -0.001, "chosen_error": 0.101, "saturated": 0.6, "diversity": 0.25}
+    assert guards.looked(held) == []
+    lost = start | {"chosen_gain": -0.01, "chosen_error": 0.11, "saturated": 0.7, "diversity": 0.1, "brightness": 0.8}
+    found = {alarm.guard: alarm for alarm in guards.looked(lost)}
+    assert found.keys() == {"winner", "sigmoid", "pictures"}
+    assert (
+        "from 0.300 to 0.100" in found["pictures"].text
+        and "brightness went from 0.50 to 0.80" in found["pictures"].text
+    )
+    assert guards.looked(lost) == [] and not guards.may_stop
+    for norm in (1.0, 2.0, 1.0, 1.0, 3.0, 400.0):
+        assert guards.logged({"grad_norm/student": norm}) == []
+    loud = Guards(GuardsRecipe(gradient="stop"))
+    fired = [bool(loud.logged({"grad_norm/student": norm})) for norm in (1.0, 2.0, 1.0, 1.0, 3.0, 9.0, 16.0)]
+    assert fired == [False] * 6 + [True] and loud.may_stop
+    # a run that goes on from a checkpoint knows what was there before
+    log = [{"step": 0, "kind": "validate", **start}, {"step": 5, "kind": "guard", "guard": "winner"}]
+    again = Guards(GuardsRecipe(), log)
+    assert {alarm.guard for alarm in again.looked(lost)} == {"sigmoid", "pictures"}
+
+
+# ---- real runs ------------------------------------------------------------------------------------------------------
+
+
+def tiny(out: Path, steps: int, recipe: str = "tiny/dpo", **values: object) -> tuple[Run, Health]:
+    """A run on the tiny world that is looked at twice."""
+    quiet = {"output.dir": str(out), "output.trackers": [], "validate.every": steps, "save_every": steps}
+    run = diffalign.train(recipe, progress=False, **{"steps": steps, **quiet, **values})
+    found = health(run.log)
+    print(f"\n{out.name}: {found.verdict}: {found.reason}. {found.advice}\n{read(run.log)}\n{alarms(run.log)}")
+    return run, found
+
+
+LIGHT = {"validate.pairs": 16, "validate.draws": 2, "validate.images": 2, "validate.steps": 5}
+
+
+def test_a_learning_rate_far_too_high_collapses(tmp_path: Path) -> None:
+    """Seen: the winner's error at WINNER times the base's after 8 steps."""
+    run, found = tiny(tmp_path / "collapsed", 8, lr=0.1, batch=8, warmup=0, schedule="constant", log_every=2, **LIGHT)
+    assert found.verdict == "collapsed", found
+    assert "winner" in {alarm.guard for alarm in alarms(run.log)}
+    page = run.report.read_text()
+    assert ">collapsed<" in page and "Guards that fired" in page and page.count("<img") == 2 * 2 * 2
+
+
+def test_a_guard_stops_a_run_and_leaves_its_report(tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    with pytest.raises(RunError, match=r"train\.guards\.winner=stop; the last checkpoint is .*step-\d+; go on from"):
+        tiny(
+            out, 12, lr=0.1, batch=4, warmup=0, schedule="constant", **LIGHT,
+            **{"validate.every": 6, "save_every": 3, "guards": {"winner": "stop"}},
+        )  # fmt: skip
+    run = Run.open(out)
+    assert [path.name for path in run.checkpoints] == ["step-000003"] and not run.model.exists()
+    assert {row["step"] for row in run.log if row["kind"] == "guard"} == {6} and run.report.is_file()
+
+
+def test_a_learning_rate_far_too_low_does_not_learn(tmp_path: Path) -> None:
+    run, found = tiny(tmp_path / "still", 6, lr=1e-7, batch=4, warmup=0, log_every=2, **LIGHT)
+    assert found.verdict == "not learning" and "hardly left the base" in found.reason and not alarms(run.log)
+
+
+@pytest.mark.slow
+def test_each_picture_by_a_longer_run(tmp_path: Path) -> None:
+    """What beta and labels do in 150 steps at the recipe's learning rate."""
+    verdicts = {
+        "healthy": tiny(tmp_path / "healthy", 150)[1].verdict,
+        "loose": tiny(tmp_path / "loose", 150, beta=5)[1].verdict,
+        "tight": tiny(tmp_path / "tight", 150, beta=50000)[1].verdict,
+        "shuffled": tiny(tmp_path / "shuffled", 150, shuffle_labels=True)[1].verdict,
+        "hot": tiny(tmp_path / "hot", 150, lr=0.02)[1].verdict,
+    }
+    assert verdicts == {
+        "healthy": "healthy",
+        "loose": "over-optimised",
+        "tight": "not learning",
+        "shuffled": "not learning",
+        "hot": "collapsed",
+    }
+
+
+def test_guards_are_keys_of_a_recipe() -> None:
+    recipe = load_recipe("tiny/dpo", ["train.guards.pictures=stop"])
+    assert recipe.train.guards.pictures == "stop" and recipe.train.guards.winner == "warn"

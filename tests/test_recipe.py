@@ -70,6 +70,7 @@ SHARED = {
     "data.ties": "skip",
     "train.ema": None,
 }
+XL = {"train.optimizer": "adafactor", "train.warmup": 200, "data.resolution": 1024, "model.gradient_checkpointing": True}
 LORA = {
     "model.storage": "adapters",
     "model.lora.rank": 8,
@@ -88,6 +89,15 @@ SHEET: dict[str, dict[str, Any]] = {
     # given for SDXL only; the README's run at SD1.5's resolution
     "sd15/mapo": {**SHARED, **LORA, "method.name": "mapo", "method.beta": 0.1, "train.batch": 8 * 2}
     | {"train.steps": 2000, "data.resolution": 512, "model.gradient_checkpointing": True},
+    "sdxl/dpo": {**SHARED, **LAUNCHER, **XL, "method.name": "dpo", "method.beta": 5000},
+    "sdxl/sft": {**SHARED, **LAUNCHER, **XL, "method.name": "sft"},
+    "sdxl/dpo-lora": {**SHARED, **LORA, "method.name": "dpo", "method.beta": 5000, "train.batch": 8 * 2}
+    | {"train.steps": 2000, "data.resolution": 1024},
+    "sdxl/mapo": {**SHARED, **LORA, "method.name": "mapo", "method.beta": 0.1, "train.batch": 8 * 2}
+    | {"train.steps": 2000, "data.resolution": 1024, "model.gradient_checkpointing": True},
+    # DCPO's run on this model, but at its own size and on its own prediction (sheet 8.3 and 8.7)
+    "sd21/dpo": {**SHARED, **LAUNCHER, "method.name": "dpo", "method.beta": 500, "method.error_space": "epsilon"}
+    | {"train.batch": 128 * 8, "train.lr": 1e-8 * 128 * 8, "data.caption_dropout": 0.0, "data.resolution": 768},
 }
 
 

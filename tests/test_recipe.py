@@ -70,7 +70,12 @@ SHARED = {
     "data.ties": "skip",
     "train.ema": None,
 }
-XL = {"train.optimizer": "adafactor", "train.warmup": 200, "data.resolution": 1024, "model.gradient_checkpointing": True}
+XL = {
+    "train.optimizer": "adafactor",
+    "train.warmup": 200,
+    "data.resolution": 1024,
+    "model.gradient_checkpointing": True,
+}
 LORA = {
     "model.storage": "adapters",
     "model.lora.rank": 8,

@@ -174,10 +174,12 @@ class Stopped(BaseException):
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_stopped_at_every_piece_it_goes_on(
-    form: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Pieces of two rows; stopped before and after each note; the end is the same bytes."""
+def test_stopped_at_every_piece_it_goes_on(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of two rows; stopped before and after each note; the end is the same bytes, the same rows left out."""
+    rows = pairs()
+    rows[1]["chosen"] = b"no picture"
+    rows += [dict(rows[i]) for i in (0, 2, 5)]
+    source = write_folder(tmp_path / "source", rows)
     monkeypatch.setattr(convert, "PIECE_ROWS", 2)
     options: dict[str, Any] = {"duplicates": "skip", "near_duplicates": 2}
     run(source, tmp_path / "straight", form, **options)
@@ -186,7 +188,7 @@ def test_stopped_at_every_piece_it_goes_on(
     def stopping(a: Any, b: Any) -> None:
         nonlocal calls, stops
         calls += 1
-        if calls in (2, 5, 9):
+        if calls in (2, 5, 10):
             stops += 1
             raise Stopped
         replace(a, b)
@@ -201,7 +203,8 @@ def test_stopped_at_every_piece_it_goes_on(
             break
         except Stopped:
             continue
-    assert stops == 6 and done.report.usable == COUNT
+    assert stops == 6 and done.report.counts == {"duplicate": 3, "unreadable image": 1}
+    assert len((tmp_path / "t" / "skipped.jsonl").read_text().splitlines()) == 4
     assert tree(tmp_path / "t") == tree(tmp_path / "straight")
 
 

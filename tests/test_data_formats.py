@@ -202,6 +202,7 @@ def write_pick_a_pic(folder: Path, rows: list[dict[str, Any]], group: int) -> Pa
 def test_pick_a_pic_in_its_own_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two shards of one large row group each, read in blocks of a few rows."""
     monkeypatch.setattr(parquet, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(parquet, "KEPT_BYTES", 30_000)
     rows = [pick_a_pic(i, (1.0, 0.0, 0.5)[i % 3]) for i in range(40)]
     rows[3] = pick_a_pic(3, jpg_1=None)
     rows[4] = pick_a_pic(4, has_label=False)

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 from ...errors import UserError
-from ..items import IMAGE_SUFFIXES, MANIFEST, read_items
+from ..items import IMAGE_SUFFIXES, MANIFEST, Item, read_items
 from ..preprocess import Pixels, decode
 from . import AboutSet
 
+Source = str | Path | Image.Image | Item
 Pictures = str | Path | Sequence[str | Path | Image.Image]
 
 
@@ -82,7 +83,8 @@ class SetMetric(ABC):
         """Measure a set.
 
         Args:
-            pictures: a folder (with ``manifest.jsonl`` its pictures are grouped by prompt), or paths or PIL images.
+            pictures: a folder (with ``manifest.jsonl`` its pictures are grouped by prompt), a table as `diffalign score`
+                takes it, or paths or PIL images.
             reference: pictures to compare with, for metrics that need them.
             groups: what each picture belongs to (its prompt's id), for a list of pictures.
 
@@ -113,7 +115,7 @@ class SetMetric(ABC):
                 part = sources[start : start + batch]
                 crops = list(pool.map(_reader(self.pixels), part))
                 good = [i for i, crop in enumerate(crops) if isinstance(crop, np.ndarray)]
-                errors += [(str(part[i]), str(crop)) for i, crop in enumerate(crops) if isinstance(crop, str)]
+                errors += [(_name(part[i]), str(crop)) for i, crop in enumerate(crops) if isinstance(crop, str)]
                 kept += [groups[start + i] for i in good] if groups else []
                 features += self._by_shape([crops[i] for i in good])
         if not features:
@@ -130,27 +132,29 @@ class SetMetric(ABC):
         return [out[i] for i in range(len(arrays))]
 
 
-def _reader(pixels: Pixels) -> Callable[[str | Path | Image.Image], np.ndarray | str]:
-    def read(source: str | Path | Image.Image) -> np.ndarray | str:
+def _name(source: Source) -> str:
+    return source.image if isinstance(source, Item) else str(source)
+
+
+def _reader(pixels: Pixels) -> Callable[[Source], np.ndarray | str]:
+    def read(source: Source) -> np.ndarray | str:
         try:
-            return pixels.crop(decode(source).image)
+            return pixels.crop(decode(source.read() if isinstance(source, Item) else source).image)
         except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for some broken PNGs
             return f"{type(error).__name__}: {error}"
 
     return read
 
 
-def _sources(pictures: Pictures) -> tuple[list[str | Path | Image.Image], list[Hashable]]:
+def _sources(pictures: Pictures) -> tuple[list[Source], list[Hashable]]:
     if not isinstance(pictures, str | Path):
         if not pictures:
             raise UserError("no pictures given; give a folder or a list")
         return list(pictures), []
     folder = Path(pictures)
-    if (folder / MANIFEST).is_file() or folder.suffix == ".jsonl":
+    if (folder / MANIFEST).is_file() or not folder.is_dir():
         items = read_items(folder).items
-        return [i.path for i in items], [i.id for i in items]
-    if not folder.is_dir():
-        raise UserError(f"'{pictures}' is no folder of pictures")
+        return list(items), [i.id for i in items]
     files = sorted((p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES), key=_natural)
     if not files:
         raise UserError(f"folder '{pictures}' holds no images ({', '.join(IMAGE_SUFFIXES)})")

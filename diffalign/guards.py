@@ -34,7 +34,7 @@ class Guards:
 
     ``winner``: the winner's held-out error is more than 2 % above the base's. ``sigmoid``: more than 0.3 of the
     logits are beyond 5, where a won pair has no gradient left, and 0.15 more than at the start.
-    ``pictures``: within a prompt the samples differ by less than 0.6 of the base's, or their mean brightness or
+    ``pictures``: within a prompt the samples differ by less than half of the base's, or their mean brightness or
     saturation moved by more than 0.15. ``gradient``: the gradient norm is above 10 times its median so far. Each fires
     once a run. The thresholds are those by which the report reads the curves; ``eval/health.py`` says where they come
     from.

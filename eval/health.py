@@ -22,7 +22,7 @@ from .curves import LogRow, series
 WINNER_WORSE = 0.02  # the guard speaks: the winner's error is this share above the base's
 WINNER_LOST = 0.05  # the report judges
 SATURATED = 0.3  # share of logits beyond 5
-DIVERSITY_KEPT = 0.6  # of the base's
+DIVERSITY_KEPT = 0.5  # of the base's
 BRIGHTNESS_MOVED = 0.15
 SATURATION_MOVED = 0.15
 NORM_TIMES = 10.0  # a gradient norm over its median so far
@@ -61,7 +61,8 @@ class Health:
 @dataclass(frozen=True)
 class Readings:
     """What the rules look at; None where the log does not hold it. ``damage``: rise of the winner's error over the
-    base's (or over its own at step 0), as a share. ``moved``: the larger change of the two errors, as a share."""
+    base's (or over its own at step 0), as a share. ``moved``: the larger change of the two errors, as a share.
+    ``margin``: its growth."""
 
     held: bool
     accuracy: float | None
@@ -73,6 +74,7 @@ class Readings:
     logit: float | None
     saturated: float | None
     saturated_start: float
+    margin: float | None
     pictures: dict[str, tuple[float, float]]
     points: int
     draws: float = DRAWS
@@ -157,6 +159,7 @@ def read(rows: Sequence[LogRow]) -> Readings:
         end("logit_abs"),
         end("saturated"),
         start("saturated") or 0.0,
+        None if (margin := end("margin")) is None else margin - (start("margin") or 0.0),
         {
             name: (first_value, last_value)
             for name in ("diversity", "brightness", "saturation")
@@ -215,6 +218,9 @@ def _judge(r: Readings) -> tuple[Verdict, str, str]:
         return "not learning", f"{said}, below the start: are winners and losers swapped?", "look at the labels"
     if r.gained < r.noise:
         text = f"{said}, {r.accuracy_start:.2f} at the start: the student moves, held-out pairs do not follow"
+        return "not learning", text, "check the labels (`pairs check`), use more pairs, or train longer"
+    if r.gained < 2 * r.noise and r.margin is not None and r.margin <= 0:
+        text = f"{said} is within its noise of the start, and the mean margin did not grow"
         return "not learning", text, "check the labels (`pairs check`), use more pairs, or train longer"
     if r.gained < 2 * r.noise:
         return "unclear", f"{said} is above the start by less than its noise", "train longer, or hold more pairs out"

@@ -28,7 +28,7 @@ def curve(accuracy: float = 0.7, gain: float = 0.002, looks: int = 5, draws: int
         "brightness": 0.5,
         "saturation": 0.4,
     }
-    end = {**start, "accuracy": accuracy, "logit_abs": 1.5, **ends}
+    end = {**start, "accuracy": accuracy, "logit_abs": 1.5, "margin": 0.002, **ends}
     rows = []
     for i in range(looks):
         x = i / (looks - 1)
@@ -52,7 +52,8 @@ FALLEN: list[Row] = [{"step": 900 + i, "kind": "validate", "accuracy": 0.52} for
         (curve(), "healthy", "held-out accuracy 0.70"),
         (curve(gain=-0.003), "healthy", "rose by 3.0%"),
         (curve(accuracy=0.52), "not learning", "held-out pairs do not follow"),
-        (curve(accuracy=0.545), "unclear", "less than its noise"),
+        (curve(accuracy=0.545, margin=0.001), "unclear", "less than its noise"),
+        (curve(accuracy=0.545, margin=-0.001), "not learning", "margin did not grow"),
         (curve(accuracy=0.545, draws=4000), "healthy", "0.55"),
         (curve(accuracy=0.3), "not learning", "swapped"),
         (curve(accuracy=0.52, saturated=0.6, logit_abs=9), "not learning", "lower method.beta"),

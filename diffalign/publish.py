@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -28,9 +29,6 @@ from .families.lora import NAME
 from .families.save import save_lora, save_merged
 from .recipe import LoraFile
 from .sources import Source, find_source
-
-if TYPE_CHECKING:
-    from torch import nn
 
 Format = Literal["diffusers", "kohya", "merged"]
 CPU = torch.device("cpu")
@@ -117,7 +115,7 @@ def _lora(source: Source, format: Format, folder: Path, dtype: torch.dtype | Non
         name = f"{source.stem}.safetensors"
         prediction = str(opened.scheduler.get("prediction_type", "epsilon"))
         side = int(opened.unet.get("sample_size") or 64) * 8
-        tensors = to_kohya(lora, family, unet.config, dtype)
+        tensors = to_kohya(lora, family, dict(unet.config), dtype)
         save_file(tensors, folder / name, kohya_metadata(lora, family, prediction, side, source.stem))
         place = replace(place, weights=name)
     save_scheduler(facts.sampling, folder)
@@ -183,13 +181,10 @@ def without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def meta_unet(folder: ModelFolder) -> nn.Module:
+def meta_unet(folder: ModelFolder) -> UNet2DConditionModel:
     """A model's U-Net without memory: names and shapes."""
-    from diffusers import UNet2DConditionModel
-
     with torch.device("meta"):
-        made: nn.Module = UNet2DConditionModel.from_config(folder.unet)
-    return made
+        return UNet2DConditionModel.from_config(folder.unet)
 
 
 # ---- the folder -----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from ..errors import RunError, UserError
 
 # help shows the commands in this order
 # isort: off
-from . import train, judge, export, pairs, lists, demo, bench  # noqa: F401
+from . import train, judge, export, pairs, lists, doctor, demo, bench  # noqa: F401
 
 # isort: on
 from .common import app, is_main

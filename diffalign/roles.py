@@ -64,6 +64,7 @@ class Roles:
         self.current = BASE
         self._parameters: dict[str, dict[str, nn.Parameter]] = {}
         self.shards: Shards | None = None
+        self._resting: list[tuple[nn.Parameter, Tensor]] = []
         if lora is not None:
             self._add_adapters(seed)
         else:
@@ -123,6 +124,26 @@ class Roles:
         self.shards = Shards(self.networks[student], kind)
         self._parameters[student] = dict(self.networks[student].named_parameters())
 
+    def rest(self) -> None:
+        """From now on the base of full copies waits in the processor's memory between calls."""
+        for weight in self.networks[BASE].parameters():
+            home = weight.data.to("cpu")
+            self._resting.append((weight, home.pin_memory() if weight.is_cuda else home))
+            weight.data = self._resting[-1][1]
+
+    @contextmanager
+    def _awake(self, role: str, device: torch.device) -> Iterator[None]:
+        """A resting base on the device for one call; it stays until the next one where a graph may need its weights."""
+        resting = self._resting if role == BASE else []
+        for weight, home in resting:
+            weight.data = home.to(device, non_blocking=True, copy=True)
+        try:
+            yield
+        finally:
+            if not torch.is_grad_enabled():
+                for weight, home in resting:
+                    weight.data = home
+
     def whole(self, role: str, keep: bool = True) -> nn.Module | None:
         """A role's network for saving; gathered to the CPU where it is sharded (then None unless ``keep``)."""
         return self.networks[role] if self.shards is None else self.shards.whole(keep)
@@ -178,7 +199,8 @@ class Roles:
         self.activate(role)
         if role not in self.networks:
             raise KeyError(f"there is no network '{role}'; this run has {', '.join(self.networks)}")
-        return self.forward(self.networks[role], x_t, t, cond)
+        with self._awake(role, x_t.device):
+            return self.forward(self.networks[role], x_t, t, cond)
 
     def features(self, role: str, x_t: Tensor, t: Tensor, cond: Cond, layer: str) -> Tensor:
         """Output of the sub-module ``layer`` during a role's forward, taken by a hook."""

@@ -128,6 +128,8 @@ def build_roles(model: Model, method: Method[Any], recipe: Recipe, dtype: torch.
     )
     if recipe.model.storage == "copies" and method.needs.reference:
         roles.networks[BASE].to(dtype)
+        if recipe.model.offload and model.device.type != "meta":
+            roles.rest()
     return roles
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,9 @@ def train(
     suggest_beta: Annotated[
         bool, typer.Option("--suggest-beta", help="Probe how large the logits get, name a beta; train nothing.")
     ] = False,
+    preset: Annotated[
+        str | None, typer.Option(help="Settings for a card of 8gb, 12gb, 16gb, 24gb, 48gb or 80gb; overrides win.")
+    ] = None,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint or run folder.")] = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -26,11 +30,20 @@ def train(
     """Train a recipe; the run's folder holds checkpoints, samples, the model and report.html."""
     from ..recipe import load_recipe
 
-    loaded = load_recipe(recipe, overrides or [])
+    card = 0
+    if preset is None:
+        loaded = load_recipe(recipe, overrides or [])
+    else:
+        from ..presets import GIB, card_of, load_with_preset
+
+        loaded, settings = load_with_preset(recipe, overrides or [], preset)
+        card = card_of(preset) * GIB
+        if is_main() and not quiet:
+            print(f"preset {preset}: {' '.join(settings)}", file=sys.stderr)
     if plan:
         from ..plan import make_plan
 
-        found = make_plan(loaded)
+        found = make_plan(loaded, card=card)
         print(json.dumps(found.json(), indent=1)) if as_json else found.render(out())
         return
     if suggest_beta:

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from .card import card
 from .checkpoint import write_atomic
 from .facts import FACTS, Facts, SamplingRecord
-from .families import save_lora, save_merged
+from .families import load_model, save_lora, save_merged
+from .recipe import ModelRecipe
 from .validate import averaged
 
 if TYPE_CHECKING:
@@ -36,7 +39,8 @@ def export_run(parts: Parts, trainer: Trainer, run: Run) -> Path:
             state = adapter_state(roles.state_dict("student"), "student")
             save_lora(state, roles.lora, folder)
             if recipe.output.merged:
-                save_merged(parts.model, run.dir / "merged", lora=(state, roles.lora), record=record)
+                unet = original_unet(recipe.model) if recipe.model.quantize != "none" else None
+                save_merged(parts.model, run.dir / "merged", unet=unet, lora=(state, roles.lora), record=record)
         else:
             save_merged(parts.model, folder, unet=whole, record=record)
         for name in roles.modules:
@@ -47,6 +51,12 @@ def export_run(parts: Parts, trainer: Trainer, run: Run) -> Path:
     write_atomic(folder / FACTS, facts.text())
     write_atomic(folder / "README.md", card(facts, facts.kind))
     return folder
+
+
+def original_unet(recipe: ModelRecipe) -> nn.Module:
+    """The base's U-Net as its files have it, fused LoRAs included: what a quantised one cannot give back."""
+    plain = recipe.model_copy(update={"quantize": "none"})
+    return load_model(plain, torch.device("cpu"), torch.float32).unet
 
 
 def facts_of(parts: Parts, run: Run, record: SamplingRecord | None) -> Facts:

@@ -83,8 +83,8 @@ class SetMetric(ABC):
         """Measure a set.
 
         Args:
-            pictures: a folder (with ``manifest.jsonl`` its pictures are grouped by prompt), a table as `diffalign score`
-                takes it, or paths or PIL images.
+            pictures: a folder (with ``manifest.jsonl`` its pictures are grouped by prompt), a table as
+                `diffalign score` takes it, or paths or PIL images.
             reference: pictures to compare with, for metrics that need them.
             groups: what each picture belongs to (its prompt's id), for a list of pictures.
 

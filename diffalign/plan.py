@@ -24,6 +24,7 @@ from .families.known import SCHEDULE, Known, known_by, meta_network
 from .families.quantise import check_quantize
 from .memory import estimate
 from .recipe import ModelRecipe, Recipe
+from .reference import reference_note
 from .setup import Rows, autocast_dtype, build_roles, count_long_prompts, load_base, make_method_of, read_rows
 from .shards import check_parallel
 from .simulate import META
@@ -160,6 +161,8 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
         notes.append(f"the weights of '{recipe.model.path}' are not on this machine: counted from the known configs")
     if recipe.data.cache:
         disk.check()
+    if recipe.data.reference_errors:
+        notes.append(reference_note(recipe, method, len(rows)))
     dtype = planned_dtype(recipe, device, bool(card))
     autocast = (
         torch.bfloat16 if card and recipe.train.precision == "auto" else autocast_dtype(recipe.train.precision, device)

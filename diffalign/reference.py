@@ -39,6 +39,17 @@ def visits_needed(recipe: Recipe, rows: int) -> int:
     return min(recipe.data.reference_errors, math.ceil(recipe.train.steps * recipe.train.batch / max(1, rows)))
 
 
+def reference_note(recipe: Recipe, method: Method[Any], rows: int) -> str:
+    """What the cached errors cost and save, for ``--plan``. Raises UserError as `check_reference`."""
+    check_reference(recipe, method)
+    visits = visits_needed(recipe, rows)
+    images, count = 2 * visits * rows, rows * visits * 8
+    return (
+        f"reference errors of {visits} visits: {images:,} forward images of the base ahead of time (kept for other "
+        f"runs, {count / 1e6:.3g} MB), then {2 * recipe.train.batch} fewer a step than counted here"
+    )
+
+
 def reference_errors(
     method: PairMethod[Any], ctx: Context, source: Source, recipe: Recipe, made_by: Mapping[str, str]
 ) -> Tensor:

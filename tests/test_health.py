@@ -24,6 +24,7 @@ def curve(accuracy: float = 0.7, gain: float = 0.002, looks: int = 5, draws: int
         "accuracy": 0.5,
         "logit_abs": 0.0,
         "saturated": 0.0,
+        "margin": 0.0,
         "diversity": 0.3,
         "brightness": 0.5,
         "saturation": 0.4,

@@ -10,6 +10,7 @@ import torch
 from small import log_of, lora_of, settings, write_pairs
 
 from diffalign.errors import UserError
+from diffalign.plan import make_plan
 from diffalign.recipe import load_recipe
 from diffalign.roles import Roles
 from diffalign.run import Run, Session, train
@@ -76,10 +77,18 @@ def test_draws_come_back_after_k_visits(tiny_model_folder: Path, tmp_path: Path,
     assert not torch.equal(source.load([3], [0]).columns["base_chosen"], source.load([3], [1]).columns["base_chosen"])
 
 
+def test_the_plan_says_what_it_costs(tiny_model_folder: Path, tmp_path: Path) -> None:
+    data = write_pairs(tmp_path / "pairs")
+    name, *rest = settings(tiny_model_folder, data, tmp_path / "run", train__steps=20, train__batch=3)
+    notes = make_plan(load_recipe(name, [*rest, "data.reference_errors=9"])).notes
+    found = [note for note in notes if note.startswith("reference errors of 5 visits: 120 forward images")]
+    assert found and "6 fewer a step" in found[0]
+
+
 def test_only_where_there_is_a_reference(tiny_model_folder: Path, tmp_path: Path) -> None:
     data = write_pairs(tmp_path / "pairs")
     for method in ("mapo", "sft"):
-        name, *rest = settings(tiny_model_folder, data, tmp_path / method, method__beta=None, **PLAIN)
+        _, *rest = settings(tiny_model_folder, data, tmp_path / method, method__beta=None, **PLAIN)
         recipe = load_recipe(f"tiny/{method}", [*rest, "data.reference_errors=2"])
         with pytest.raises(UserError, match=f"data.reference_errors=2: method '{method}' compares no pair"):
             train(recipe, progress=False)

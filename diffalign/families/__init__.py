@@ -13,7 +13,7 @@ from .attention import compile_unet, set_attention
 from .base import Model
 from .device import pick_device, pick_dtype
 from .folder import ModelFolder, fetch, identify, open_folder
-from .quantise import check_quantize, quantise
+from .quantise import check_quantize, quantise_unet
 from .save import save_lora, save_merged
 from .vae import vae_dtype
 
@@ -69,7 +69,7 @@ def load_model(recipe: ModelRecipe, device: torch.device, dtype: torch.dtype, pl
     if recipe.channels_last:
         model.unet.to(memory_format=torch.channels_last)
     if recipe.quantize != "none":
-        quantise(model.unet, recipe.quantize, dtype)
+        quantise_unet(model.unet, recipe.quantize, dtype)
     if place:
         model.place_unet()
     model.offload = recipe.offload

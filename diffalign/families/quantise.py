@@ -56,7 +56,7 @@ def check_quantize(mode: str, storage: str) -> None:
         )
 
 
-def quantise(unet: nn.Module, mode: Mode, dtype: torch.dtype) -> None:
+def quantise_unet(unet: nn.Module, mode: Mode, dtype: torch.dtype) -> None:
     """Replace the linear layers in place; they are quantised when the U-Net is moved to its device.
 
     Args:

@@ -77,7 +77,10 @@ def start_processes(name: str) -> tuple[Accelerator, torch.device]:
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no", kwargs_handlers=[patience])
     kind = accelerator.distributed_type
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise UserError(f"launch mode {kind.value} is not supported; use plain data parallelism (configs/accelerate)")
+        raise UserError(
+            f"launch mode {kind.value} is not supported; launch plain processes (configs/accelerate), and set "
+            "train.parallel=fsdp for shards"
+        )
     return accelerator, accelerator.device
 
 

@@ -1,0 +1,261 @@
+"""Plans: counts against published totals, the simulated step against a measured one, presets against their cards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from command import diffalign
+from peft import LoraConfig
+from small import settings, write_pairs
+from tiny import SD_SCHEDULE, tiny_unet
+from torch import Tensor, nn
+from world import Rows, forward, make_context, make_trainer, warm
+
+from diffalign.data.batch import Cond
+from diffalign.denoiser import Denoiser
+from diffalign.errors import UserError
+from diffalign.families.known import ADDRESSES, KNOWN, count, known_by, meta_network
+from diffalign.families.random_sd1 import sd15_unet
+from diffalign.memory import Memory, estimate, optimizer_bytes
+from diffalign.methods import make_method
+from diffalign.plan import ROOM, known_model
+from diffalign.presets import ADAPTERS, CARDS, COPIES, GIB, load_with_preset, preset_overrides
+from diffalign.recipe import load_recipe
+from diffalign.roles import Roles
+from diffalign.setup import build_roles, make_method_of
+from diffalign.simulate import Live, Shapes, simulate_phase
+
+# diffusers' and transformers' own classes at the published configs; the U-Nets' are in the papers as 0.86 B and 2.6 B
+TOTALS = {
+    ("sd1", "unet"): 859_520_964,
+    ("sd1", "vae"): 83_653_863,
+    ("sd1", "text_encoder"): 123_060_480,
+    ("sd2", "unet"): 865_910_724,
+    ("sd2", "text_encoder"): 340_387_840,
+    ("sdxl", "unet"): 2_567_463_684,
+    ("sdxl", "text_encoder"): 123_060_480,
+    ("sdxl", "text_encoder_2"): 694_659_840,
+}
+HUB = {"sd1": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+HUB["sd2"] = "stabilityai/stable-diffusion-2-1"
+
+
+@pytest.mark.parametrize(("family", "part"), TOTALS)
+def test_parameters_of_the_known_networks(family: str, part: str) -> None:
+    network = meta_network(family, part)
+    assert count(network) == TOTALS[family, part] and all(p.is_meta for p in network.parameters())
+
+
+def test_known_addresses() -> None:
+    assert {known_by(path).family for path in ADDRESSES} == set(KNOWN)  # type: ignore[union-attr]
+    base = known_by("stabilityai/stable-diffusion-2-1-base")
+    assert base is not None and (base.resolution, base.unet["sample_size"], base.prediction) == (512, 64, "epsilon")
+    assert known_by("someone/unheard-of") is None
+    assert known_by("someone/unheard-of", "sdxl") is KNOWN["sdxl"]
+
+
+# ---- the simulated step against a real one --------------------------------------------------------------------------
+
+UNETS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
+    "tiny": (lambda: tiny_unet(cross=16), 8, 16),
+    "mid": (lambda: sd15_unet(4, 16), 16, 192),  # 54 M weights
+}
+
+
+def roles_of(name: str, copies: bool, checkpointing: bool, reference: bool, device: str) -> Roles:
+    lora = LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
+    with torch.device(device):
+        return Roles(
+            UNETS[name][0](),
+            forward,
+            lora=None if copies else lora,
+            checkpointing=checkpointing,
+            reference=reference,
+        )
+
+
+def measure(name: str, method_name: str, copies: bool, checkpointing: bool, rows: int) -> tuple[int, int, int]:
+    """Of a real micro-batch: bytes kept for backward as autograd's hooks see them, the same by allocations, highest."""
+    _, side, width = UNETS[name]
+    method = make_method(method_name, {})
+    roles = roles_of(name, copies, checkpointing, method.needs.reference, "cpu")
+    roles.train_only(("student",))
+    data = Rows(rows, kind=method.needs.batch)
+    data.embeds = torch.randn(rows, 77, width)
+    data.chosen, data.rejected = torch.randn(rows, 4, side, side), torch.randn(rows, 4, side, side)
+    batch = data.batch(range(rows), [0] * rows)
+    ctx = make_context(roles)
+    ctx.uncond = Cond(torch.zeros(1, 77, width))
+    ctx.draw(batch)  # tables are made
+    weights = [*roles.networks["student"].parameters()]
+    weights += [*roles.networks["base"].parameters()] if "base" in roles.networks else []
+    for parameter in roles.parameters("student"):
+        parameter.grad = torch.zeros_like(parameter)
+        weights.append(parameter.grad)
+    own = {w.untyped_storage().data_ptr() for w in weights}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    live = Live(weights)
+    with live:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = method.loss(ctx, batch, method.phases[0])
+            total = (loss.values * loss.weights).sum()
+        held = live.now
+        total.backward()
+    return sum(saved.values()), held, live.peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("name", "method", "copies"), [("tiny", "dpo", False), ("mid", "dpo", False), ("mid", "sft", True)]
+)
+def test_activations_are_those_of_a_real_step(name: str, method: str, copies: bool, checkpointing: bool) -> None:
+    rows, (_, side, width) = 4, UNETS[name]
+    hooks, held, peak = measure(name, method, copies, checkpointing, rows)
+    made = make_method(method, {})
+    roles = roles_of(name, copies, checkpointing, made.needs.reference, "meta")
+    shapes = Shapes((4, side, side), 77, width)
+    used = simulate_phase(made, roles, made.phases[0], shapes, rows, Denoiser.from_config(SD_SCHEDULE))
+    assert used.whole and used.rows == rows * (4 if method == "dpo" else 1)
+    assert used.held == pytest.approx(hooks, rel=0.15), "bytes that autograd keeps"
+    assert used.held == pytest.approx(held, rel=0.05) and used.peak == pytest.approx(peak, rel=0.05)
+
+
+def test_checkpointing_and_rows_are_seen() -> None:
+    method = make_method("dpo", {})
+    found = {}
+    for checkpointing, rows in ((False, 2), (False, 4), (True, 4)):
+        roles = roles_of("mid", False, checkpointing, True, "meta")
+        phase = method.phases[0]
+        used = simulate_phase(
+            method, roles, phase, Shapes((4, 16, 16), 77, 192), rows, Denoiser.from_config(SD_SCHEDULE)
+        )
+        found[checkpointing, rows] = used
+    assert found[False, 4].held == pytest.approx(2 * found[False, 2].held, rel=0.05)
+    assert found[True, 4].held < 0.35 * found[False, 4].held and found[True, 4].peak < 0.6 * found[False, 4].peak
+    assert 1.1 < found[True, 4].flops / found[False, 4].flops < 1.4
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_optimiser_states(name: str) -> None:
+    trainer = warm(make_trainer(make_method("sft", {}), storage="copies", optimizer=name), 1)
+    state = trainer.optimizers["student"].state
+    real = sum(v.numel() * v.element_size() for s in state.values() for v in s.values() if torch.is_tensor(v))
+    assert optimizer_bytes(name, trainer.roles.named_parameters("student")) == pytest.approx(real, rel=0.02)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def plan_of(*args: object) -> dict[str, Any]:
+    done = diffalign("train", *args, "--plan", "--json")
+    assert done.status == 0, done.err
+    return dict(json.loads(done.out))
+
+
+def test_a_model_that_is_not_here_is_planned(tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs", 4)
+    where = [f"data.path={pairs}", f"data.cache_dir={tmp_path / 'cache'}", f"output.dir={tmp_path / 'run'}"]
+    plan = plan_of("sd15/dpo-lora", *where, "train.micro_batch=1", "validate.images=0", "model.dtype=bf16")
+    assert plan["parameters"] == {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}
+    assert plan["roles"] == {"student": 1_594_368} and not plan["weights_known"] and plan["fits"] is None
+    parts, rank = plan["memory"]["parts"], 4 * 1_594_368
+    assert parts["base, frozen"] == 2 * 859_520_964 and parts["student: adapter, fp32"] == rank
+    assert parts["student: optimiser (adamw)"] == 2 * rank
+    assert plan["cache_bytes"] == pytest.approx(8 * 4 * 4 * 64 * 64 + 6 * 77 * 768 * 4, rel=0.02)
+    assert plan["memory"]["peak"] > sum(parts.values()) and plan["seconds"] > 0
+    # two U-Net calls of two pictures, and a backward pass through frozen weights: about 3 forwards of 0.8 TFLOP each
+    assert plan["flops_per_step"] == pytest.approx(32 * 2 * 3 * 0.8e12, rel=0.15)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+    shown = diffalign("train", "sd15/dpo-lora", *where, "validate.images=0", "model.path=someone/unheard-of", "--plan")
+    assert shown.status == 2 and "set model.family=sd1, sd2 or sdxl" in shown.line
+
+
+def test_a_plan_under_a_preset(tiny_model_folder: Path, tmp_path: Path) -> None:
+    args = settings(tiny_model_folder, write_pairs(tmp_path / "pairs"), tmp_path / "run")
+    done = diffalign("train", *args, "--preset", "8gb", "--plan", "--json")
+    plan = json.loads(done.out)
+    assert done.status == 0 and plan["card_bytes"] == 8 * GIB and plan["fits"] and plan["precision"] == "bfloat16"
+    said = "preset 8gb: train.micro_batch=2 model.gradient_checkpointing=true model.dtype=auto model.quantize=none "
+    assert done.err == said + "model.offload=true\n"
+    plain = diffalign("train", *args, "--preset", "8gb", "--plan")
+    assert plain.status == 0 and "fits (an estimate)" in plain.out
+    wrong = diffalign("train", *args, "--preset", "25gb")
+    assert wrong.status == 2 and "unknown preset '25gb'; did you mean '24gb'?" in wrong.line
+
+
+def test_a_run_under_a_preset(tiny_model_folder: Path, tmp_path: Path) -> None:
+    args = settings(tiny_model_folder, write_pairs(tmp_path / "pairs"), tmp_path / "run", train__steps=2)
+    done = diffalign("train", *args, "model.gradient_checkpointing=false", "--preset", "8gb")
+    assert done.status == 0, done.err
+    kept = load_recipe(str(tmp_path / "run" / "recipe.yaml"))
+    assert kept.model.offload and not kept.model.gradient_checkpointing and kept.train.micro_batch == 2
+
+
+# ---- presets --------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_win_over_a_preset() -> None:
+    given = ["data.path=x", f"model.path={HUB['sdxl']}", "model.quantize=8bit"]
+    recipe, said = load_with_preset("sd15/dpo-lora", given, "8gb")
+    assert recipe.model.quantize == "8bit" and recipe.train.optimizer == "adamw8bit" and recipe.model.offload
+    assert not any(text.startswith("model.quantize") for text in said)
+    assert recipe.data.resolution == 512, "resolution stays as the recipe has it"
+
+
+def test_where_full_fine_tuning_does_not_fit() -> None:
+    given = ["data.path=x", "model.storage=copies", f"model.path={HUB['sdxl']}"]
+    with pytest.raises(
+        UserError, match=r"full fine-tuning of sdxl does not fit a card of 24 GB; set model\.storage=adapt"
+    ):
+        load_with_preset("sd15/dpo-lora", given, "24gb")
+    recipe, _ = load_with_preset("sd15/dpo-lora", [*given, "train.parallel=fsdp"], "24gb")
+    assert recipe.train.micro_batch == 1 and recipe.train.optimizer == "adamw" and not recipe.model.offload
+
+
+def memory_under(family: str, card: int, storage: str, method: str = "dpo") -> Memory:
+    """The estimate under a preset at the family's own resolution, rank 64, 64 pairs a step."""
+    given = [f"model.path={HUB[family]}", f"model.storage={storage}", "model.lora.rank=64", "data.path=x"]
+    plain = load_recipe("sd15/dpo-lora", [*given, "data.resolution=null", "train.batch=64"])
+    recipe = load_recipe(plain, preset_overrides(f"{card}gb", plain, family))
+    known = known_by(HUB[family])
+    assert known is not None
+    model, used = known_model(known, HUB[family]), make_method_of(recipe)
+    with torch.device("meta"):
+        roles = build_roles(model, used, recipe, torch.bfloat16)
+    return estimate(model, used, roles, recipe, torch.bfloat16, torch.bfloat16)
+
+
+def test_the_smallest_preset_fits_its_card() -> None:
+    assert memory_under("sd1", 8, "adapters").peak < ROOM * 8 * GIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("family", HUB)
+def test_every_preset_fits_its_card(family: str, card: int) -> None:
+    kind = {"sd1": "sd"}.get(family, family)
+    assert set(ADAPTERS[kind]) == set(CARDS)
+    assert memory_under(family, card, "adapters").peak < ROOM * card * GIB
+    if card in COPIES[kind]:
+        assert memory_under(family, card, "copies").peak < ROOM * card * GIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", HUB)
+def test_a_card_is_left_out_only_where_nothing_fits(family: str) -> None:
+    """With everything that saves memory, weights, gradients and 8-bit states alone exceed the cards left out."""
+    size = count(meta_network(family))
+    for card in set(CARDS) - set(COPIES[{"sd1": "sd"}.get(family, family)]):
+        assert (4 + 4 + 2 + 2) * size > ROOM * card * GIB

@@ -66,15 +66,15 @@ class TinyDetector:
 
         (seen,) = self.oracle.read([picture]).tolist()
         width, height = picture.size
-        whole, layout = (0.0, 0.0, float(width), float(height)), LAYOUTS[seen[0]]
-        places = {
-            "single": [whole],
-            "vertical": [(0, 0, width, height / 2), (0, height / 2, width, height)],
-            "horizontal": [(0, 0, width / 2, height), (width / 2, 0, width, height)],
-        }[layout]
+        x, y, layout = float(width), float(height), LAYOUTS[seen[0]]
+        places: dict[str, list[tuple[float, float, float, float]]] = {
+            "single": [(0, 0, x, y)],
+            "vertical": [(0, 0, x, y / 2), (0, y / 2, x, y)],
+            "horizontal": [(0, 0, x / 2, y), (x / 2, 0, x, y)],
+        }
         found: Detections = {}
-        for place, colour, shape in zip(places, seen[1::2], seen[2::2], strict=False):
-            found.setdefault(SHAPES[shape], []).append(Box(*map(float, place), 1.0, COLOURS[colour]))
+        for (x0, y0, x1, y1), colour, shape in zip(places[layout], seen[1::2], seen[2::2], strict=False):
+            found.setdefault(SHAPES[shape], []).append(Box(x0, y0, x1, y1, 1.0, COLOURS[colour]))
         return found
 
 

@@ -105,21 +105,25 @@ def _lacks(group: list[Box], clause: Answer, name: str, count: int, groups: Sequ
         same = sum(box.colour == colour for box in group)
         if same < count:
             return [f"{same} x {colour} {name}, want {count} (found {', '.join(str(b.colour) for b in group)})"]
-    if (position := clause.get("position")) is not None:
-        try:
-            relation, index = position  # type: ignore[misc]
-            target = groups[index]
-        except (TypeError, ValueError, IndexError) as error:
-            raise UserError(f"position {position} of '{name}' is no [relation, index of an earlier clause]") from error
-        if relation not in RELATIONS:
-            raise UserError(f"unknown relation '{relation}' of '{name}'; choose from {', '.join(RELATIONS)}")
-        if target is None:
-            return [f"nothing that {name} could be {relation}"]
-        for box in group:
-            for other in target:
-                if relation not in (have := relations(box, other)):
-                    return [f"{name} is {' and '.join(sorted(have)) or 'at the same place'}, want {relation}"]
+    if clause.get("position") is None:
+        return []
+    relation, target = _position(clause["position"], name, groups)
+    if target is None:
+        return [f"nothing that {name} could be {relation}"]
+    for box in group:
+        for other in target:
+            if relation not in (have := relations(box, other)):
+                return [f"{name} is {' and '.join(sorted(have)) or 'at the same place'}, want {relation}"]
     return []
+
+
+def _position(stated: object, name: str, groups: Sequence[list[Box] | None]) -> tuple[str, list[Box] | None]:
+    """The relation of a clause, and the group that it speaks of (None where that clause failed)."""
+    if isinstance(stated, Sequence) and len(stated) == 2 and stated[1] in range(len(groups)):
+        if stated[0] in RELATIONS:
+            return str(stated[0]), groups[stated[1]]
+        raise UserError(f"unknown relation '{stated[0]}' of '{name}'; choose from {', '.join(RELATIONS)}")
+    raise UserError(f"position {stated} of '{name}' is no [relation, index of an earlier clause]")
 
 
 def _clauses(answer: Answer, key: str) -> list[Answer]:
@@ -249,6 +253,10 @@ def _detect(
     return found
 
 
+def _box(x0: float, y0: float, x1: float, y1: float, confidence: float, colour: str | None = None) -> Box:
+    return Box(float(x0), float(y0), float(x1), float(y1), float(confidence), colour)
+
+
 def read_detections(path: str | Path) -> tuple[str, dict[str, Detections]]:
     """(detector's name, picture -> detections). Raises UserError naming the line that is broken."""
     file = Path(path)
@@ -263,8 +271,7 @@ def read_detections(path: str | Path) -> tuple[str, dict[str, Detections]]:
             row = json.loads(line)
             names.add(str(row.get("detector", "unknown")))
             table[str(row["image"])] = {
-                str(name): [Box(*map(float, box[:5]), *box[5:6]) for box in boxes]
-                for name, boxes in row["detections"].items()
+                str(name): [_box(*box) for box in boxes] for name, boxes in row["detections"].items()
             }
         except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(

@@ -60,6 +60,7 @@ class Meta:
     prompt_set: str | None = None  # what the list of prompts is called
     conventions: dict[str, str] = field(default_factory=dict)  # scorer -> what a report has to state of it
     complete: bool = False
+    rows: int | None = None  # of a complete file
     format: int = FORMAT
 
 
@@ -93,7 +94,10 @@ def read_score_file(source: str | Path) -> ScoreFile:
         raise UserError(
             f"'{path}' is unfinished: its scoring was stopped; run the same `diffalign score` command to go on"
         )
-    return ScoreFile(path, read_rows(path), meta)
+    rows = read_rows(path)
+    if meta.rows is not None and len(rows) != meta.rows:
+        raise UserError(f"'{path}' is half written: {len(rows)} of {meta.rows} rows; run `diffalign score` again")
+    return ScoreFile(path, rows, meta)
 
 
 def read_meta(path: Path) -> Meta | None:

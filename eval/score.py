@@ -193,7 +193,7 @@ def _finish(target: Path, rows: Sequence[Row], meta: Meta) -> None:
     scored = {row.scorer for row in rows}
     meta.scorers = {name: fingerprint for name, fingerprint in meta.scorers.items() if name in scored}
     meta.conventions = {name: text for name, text in meta.conventions.items() if name in scored}
-    meta.complete = True
+    meta.complete, meta.rows = True, len(rows)
     write_meta(target, meta)
 
 

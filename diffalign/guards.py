@@ -77,9 +77,11 @@ class Guards:
         """Alarms of held-out numbers and samples."""
         self.first.setdefault("validate", dict(values))
         found = self._sigmoid(values)
-        gain, error = values.get("chosen_gain"), values.get("chosen_error")
-        if gain is not None and error is not None and gain < -WINNER_WORSE * (error + gain):
-            above = f"the winner's held-out error is above the base's by {-gain:.2e}"
+        error, gain = values.get("chosen_error"), values.get("chosen_gain")
+        start = self.first["validate"].get("chosen_error")  # without a reference: the student's own at step 0
+        rise = -gain if gain is not None else error - start if error is not None and start is not None else 0.0
+        if error is not None and rise > WINNER_WORSE * (error - rise):
+            above = f"the winner's held-out error is above the base's by {rise:.2e}"
             found["winner"] = f"{above}: the model may be unlearning its images"
         found |= self._pictures(values)
         self._remember("validate", values)

@@ -21,6 +21,7 @@ from .curves import LogRow, series
 
 WINNER_WORSE = 0.02  # the guard speaks: the winner's error is this share above the base's
 WINNER_LOST = 0.05  # the report judges
+WINNER_GONE = 1.0  # it no longer knows its images
 SATURATED = 0.3  # share of logits beyond 5
 DIVERSITY_KEPT = 0.5  # of the base's
 BRIGHTNESS_MOVED = 0.15
@@ -113,7 +114,8 @@ class Readings:
 def health(rows: Sequence[LogRow]) -> Health:
     """Read a run's curves as a person would, held-out numbers before those of training.
 
-    collapsed: samples of a prompt became alike, or the winner's error rose while the preference was not learnt.
+    collapsed: samples of a prompt became alike, or the winner's error doubled or their colours drifted while the
+    preference was not learnt.
     over-optimised: the preference was learnt, at the price of the winner's error, the samples' colours, held-out
     accuracy, or with most logits saturated. not learning: held-out accuracy stayed within its noise, or nothing moved.
     healthy: accuracy rose, winners hold, samples hold. unclear: anything between, or too little to tell."""
@@ -190,10 +192,12 @@ def _judge(r: Readings) -> tuple[Verdict, str, str]:
     if r.accuracy is None:
         return _judge_plain(r, hurt, worse, where, lower)
     said = f"{where} accuracy {r.accuracy:.2f}"
-    if hurt and r.gained < 2 * r.noise:
+    if rise > WINNER_GONE and r.gained < 2 * r.noise:
         return "collapsed", f"{worse} while {said} is no better than at the start: it unlearns its images", tie
     if r.drift > 1 and r.gained < 2 * r.noise:
         return "collapsed", f"the samples' colours drifted ({colours}) and {said} says that nothing was learnt", tie
+    if hurt and r.gained < 2 * r.noise:
+        return "not learning", f"{said} is no better than at the start, and {worse}: images are lost for nothing", tie
     if hurt:
         size = f", and at a mean |logit| of {r.logit:.2g} the sigmoid never held it back" if loose else ""
         return (

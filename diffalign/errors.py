@@ -6,10 +6,16 @@ import difflib
 from collections.abc import Iterable
 
 
+LONGEST = 1200  # characters of a line; what a person typed can be of any length
+
+
 class UserError(Exception):
     """The input is wrong: exit status 2. The message is one line that says what, where, and how to mend it."""
 
     exit_status = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class RunError(Exception):
@@ -22,6 +28,12 @@ class Interrupted(RunError):
     """Stopped by a signal after a checkpoint: exit status 130."""
 
     exit_status = 130
+
+
+def one_line(text: str) -> str:
+    """The text without line breaks and control characters, its middle cut out where it is very long."""
+    plain = "".join(c if c.isprintable() else " " for c in text)
+    return plain if len(plain) <= LONGEST else f"{plain[: LONGEST // 2]} ... {plain[-LONGEST // 2 :]}"
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

@@ -20,6 +20,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
+# What the YAML and OmegaConf libraries raise besides their own errors.
+MALFORMED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError)
+
+
 class Section(BaseModel):
     """Base of every recipe section: unknown keys are refused, values are checked again on assignment."""
 
@@ -232,9 +236,10 @@ def read_yaml(source: str) -> DictConfig:
         raise UserError(f"unknown recipe '{source}'{nearest(source, builtin_recipes())}")
     try:
         data = OmegaConf.load(StringIO(text))
-    except (YAMLError, OmegaConfBaseException, OSError) as error:  # OSError: a lone scalar
+    # OSError: a lone scalar; the others: values that YAML's types cannot make, lists in lists without end
+    except (YAMLError, OmegaConfBaseException, OSError, *MALFORMED) as error:
         where = " ".join(str(error).split())
-        raise UserError(f"recipe '{source}' is not valid YAML: {where}") from error
+        raise UserError(f"recipe '{source}' is not valid YAML: {where[:300]}") from error
     if not isinstance(data, DictConfig):
         raise UserError(f"recipe '{source}' holds no mapping; a recipe has the keys model, method, data, train")
     return data
@@ -259,7 +264,7 @@ def parse_override(text: str) -> DictConfig:
         raise UserError(f"override '{text}' is not of the form key.sub=value, such as train.steps=200")
     try:
         return OmegaConf.from_dotlist([text])
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, *MALFORMED) as error:
         raise UserError(f"override '{text}': the value is not valid YAML; quote it") from error
 
 
@@ -357,7 +362,7 @@ def load_recipe(source: str | Path | Recipe, overrides: list[str] | None = None,
         changes.append(OmegaConf.create(nested))
     try:
         data: Any = OmegaConf.to_container(OmegaConf.merge(merged, *changes), resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, *MALFORMED) as error:
         raise UserError(f"{label} cannot be merged with its overrides: {' '.join(str(error).split())}") from error
     keys = known_keys(Recipe)
     try:

@@ -26,6 +26,7 @@ from .data.rowtable import ImageRows, PairRows, Stream
 from .data.source import Source, split_heldout
 from .errors import UserError, nearest
 from .families import Model, load_model, pick_device, pick_dtype
+from .families.quantise import check_quantize
 from .methods import make_method
 from .methods.base import Method
 from .recipe import Recipe, TrainRecipe
@@ -159,6 +160,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
             )
     world = accelerator.num_processes
     check_parallel(recipe, method, world)
+    check_quantize(recipe.model.quantize, recipe.model.storage)
     if recipe.train.batch < world:
         raise UserError(f"train.batch {recipe.train.batch} is less than the {world} processes; raise it")
     if method.needs.batch not in {"pair", "image"}:

@@ -152,6 +152,7 @@ def evaluate(
     in_loop: Iterable[str] = (),
     run: str | Path | None = None,
     title: str | None = None,
+    sets: str | Sequence[str] = (),
     progress: bool = True,
 ) -> Evaluation:
     """Sample, score and compare. Everything is kept under ``out`` and resumes image by image.
@@ -168,29 +169,31 @@ def evaluate(
         primary: the scorer of the headline; default: the first that is not in ``in_loop``.
         in_loop: scorers that training used; they are marked.
         run: a training run's folder whose curves join the report; default: a model or LoRA that is one.
+        sets: set metrics of the pictures, such as ``"diversity_clip"``; those by prompt join the report.
 
     Raises:
         UserError: bad models, prompts, scorers or settings.
     """
     from ..pipelines.sample import sample
+    from .setscore import measure_sets
 
     specs = parse_models(models)
     names = list(parse_scorers(scorers))
     if primary is not None and primary not in names:
         raise UserError(f"the primary scorer '{primary}' is not among {', '.join(names)}")
-    sets = prompt_sets(prompts)
+    lists = prompt_sets(prompts)
     settings = sampling or Sampling()
     settings.check()
     folder = Path(out)
-    places = {s.name: folder / s.name if len(sets) > 1 else folder for s in sets}
+    places = {s.name: folder / s.name if len(lists) > 1 else folder for s in lists}
     loaded = load_scorers(scorers, settings.device)
     for scorer in loaded:
-        for wanted in sets:
+        for wanted in lists:
             scorer.check_prompts([p.prompt for p in wanted.prompts])
-    scores: dict[str, dict[str, ScoreResult]] = {s.name: {} for s in sets}
+    scores: dict[str, dict[str, ScoreResult]] = {s.name: {} for s in lists}
     each = settings.per_prompt * len(settings.seeds)
     for spec in specs:
-        for wanted in sets:
+        for wanted in lists:
             place = places[wanted.name] / spec.label
             if progress:
                 _say(f"{spec.label}, {wanted.name}: {len(wanted.prompts) * each} images")
@@ -199,6 +202,8 @@ def evaluate(
             scores[wanted.name][spec.label] = score_images(
                 place, None, loaded, place / "scores.jsonl", batch=score_batch, progress=progress
             )
+            if sets:
+                measure_sets(place, sets, device=settings.device)
     summary = {
         "title": title or " and ".join(spec.label for spec in specs),
         "primary": primary,
@@ -213,7 +218,7 @@ def evaluate(
                 "prompts": len(s.prompts),
                 "sha256": prompts_sha256(s.prompts),
             }
-            for s in sets
+            for s in lists
         ],
         "models": {
             s.label: {

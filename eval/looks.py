@@ -16,6 +16,7 @@ from PIL import Image
 
 from .page import evenly
 from .preprocess import decode
+from .setscore import by_prompt
 from .stats import Interval, Mean, bootstrap
 from .study import Study
 
@@ -44,7 +45,7 @@ class Shift:
 
 @dataclass(frozen=True)
 class Looks:
-    """Measures by model and name, in [0, 1]; over ``prompts`` prompts."""
+    """Measures by model and name; over ``prompts`` prompts. Set metrics that were measured by prompt join them."""
 
     shifts: list[dict[str, Shift]]
     prompts: int
@@ -68,6 +69,9 @@ def measure(study: Study, threads: int = 4) -> Looks | None:
     if len(whole) < 2:
         return None
     tables = [{m: np.array([(side[n] or {}).get(m, np.nan) for n in whole]) for m in MEASURES} for side in found]
+    for name, values in _set_metrics(study).items():
+        for table, of_side in zip(tables, values, strict=True):
+            table[name] = of_side
     shifts = []
     for i, table in enumerate(tables):
         row = {}
@@ -102,6 +106,18 @@ def _prompt(paths: Sequence[Path]) -> dict[str, float] | None:
         return look([decode(path).image for path in paths]) if paths else None
     except (OSError, ValueError, SyntaxError):
         return None  # a picture that cannot be read has a row that says so
+
+
+def _set_metrics(study: Study) -> dict[str, list[np.ndarray]]:
+    """Set metrics that every model has by prompt, made alike, over the prompts they share: (n,) for each model."""
+    sides = [by_prompt(side.images) for side in study.sides]
+    found: dict[str, list[np.ndarray]] = {}
+    for name in sides[0]:
+        if all(name in side and side[name][0] == sides[0][name][0] for side in sides):
+            ids = [i for i in sides[0][name][1] if all(i in side[name][1] for side in sides)]
+            if len(ids) > 1:
+                found[name] = [np.array([side[name][1][i] for i in ids]) for side in sides]
+    return found
 
 
 def _files(study: Study, place: int) -> dict[str, dict[int, Path]]:

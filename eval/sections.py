@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..errors import UserError
 from .boxes import boxes_svg
 from .compare import Comparison, Pair, ScorerComparison, span
-from .looks import MEASURES, Looks, measure
+from .looks import Looks, measure
 from .page import evenly, is_small, picture_uri
 from .plots import gains_svg, histograms_svg
 from .stats import Paired
@@ -117,7 +117,7 @@ def study_view(study: Study, primary: str | None, number: int) -> StudyView:
         matrices=[_matrix(study, board) for board in order] if many else [],
         boxes=_boxes(study, order) if many else [],
         strips=_strips(study, _evenly(pairs, ROWS)) if many else [],
-        measures=[m for m in MEASURES if looks and m in looks.shifts[0]],
+        measures=list(looks.shifts[0]) if looks else [],
         looks=_looks(study, looks),
         looked=looks.prompts if looks else 0,
         sections=[_section(c, primary, grid=not many) for c in study.comparisons],

@@ -18,7 +18,7 @@ from tiny import write_tiny_model
 
 from diffalign.errors import UserError
 from diffalign.eval.curves import panels, read_log, series
-from diffalign.eval.evaluate import Sampling, evaluate, parse_model, parse_models
+from diffalign.eval.evaluate import Sampling, evaluate, parse_model, parse_models, write_report_of
 from diffalign.eval.page import Sheet
 from diffalign.eval.plots import Curve, curves_svg, gains_svg, log_ticks, ticks
 from diffalign.eval.report import ReportData, headline, render_report, write_report, write_run_report
@@ -228,3 +228,31 @@ def test_evaluation_from_end_to_end(tiny_model_folder: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match="primary"):
         evaluate(models, prompts, scorers, tmp_path / "out2", sampling=sampling, primary="oracle", progress=False)
     assert not (tmp_path / "out2").exists()
+
+
+def test_several_sets_and_seeds(tiny_model_folder: Path, tmp_path: Path) -> None:
+    clip = write_tiny_clip(tmp_path / "clip")
+    (tmp_path / "ones.txt").write_text("a\nb\n")
+    (tmp_path / "twos.txt").write_text("c\nd\ne\n")
+    other = write_tiny_model(tmp_path / "other", seed=5)
+    models = [f"base={tiny_model_folder}", f"other={other}"]
+    sets = [tmp_path / "ones.txt", tmp_path / "twos.txt"]
+    sampling = Sampling(steps=1, guidance=1.0, batch=5, device="cpu", seed=(3, 4))
+    found = evaluate(models, sets, f"clip={clip}", tmp_path / "out", sampling=sampling, progress=False)
+    assert [(s.prompt_set, s.prompts) for s in found.studies] == [("ones", 2), ("twos", 3)]
+    rows = [
+        json.loads(line) for line in (tmp_path / "out" / "twos" / "base" / "manifest.jsonl").read_text().splitlines()
+    ]
+    assert [(r["k"], r["seed"]) for r in rows] == [(0, 3), (1, 4)] * 3
+    assert len({(tmp_path / "out" / "twos" / "base" / r["image"]).read_bytes() for r in rows}) == 6
+    meta = json.loads((tmp_path / "out" / "twos" / "base" / "scores.meta.json").read_text())
+    assert meta["prompt_set"] == "twos" and meta["conventions"]["clip"]
+    assert found.studies[1].comparisons[0].scorers[0].overall.pairs == 6
+    page = found.report.read_text()
+    check_self_contained(page)
+    assert 'href="#set-2"' in page and 'id="set-2"' in page and "Over all prompt sets" in page and "diversity" in page
+    assert "twos: 3 prompts" in (tmp_path / "out" / "report.md").read_text()
+    found.report.unlink()
+    assert write_report_of([tmp_path / "out"]).is_file()
+    with pytest.raises(UserError, match="given twice"):
+        evaluate(models, sets, f"clip={clip}", tmp_path / "x", sampling=Sampling(seed=(1, 1)), progress=False)

@@ -1,4 +1,4 @@
-"""Sampling and judging: sample, score, eval, compare."""
+"""Sampling and judging: sample, score, eval, compare, report, sets, geneval."""
 
 from __future__ import annotations
 
@@ -7,7 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import Allow, AsJson, BatchSize, Device, Dtype, InLoop, Quiet, app, is_main, names, out, sampling_options
+from .common import (
+    Allow,
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    InLoop,
+    Quiet,
+    app,
+    is_main,
+    names,
+    out,
+    print_rows,
+    sampling_options,
+)
 
 
 @app.command()
@@ -77,6 +91,7 @@ def evaluate(
     primary: Annotated[str | None, typer.Option(help="Scorer of the headline.")] = None,
     in_loop: InLoop = "",
     title: Annotated[str | None, typer.Option(help="Title of the report.")] = None,
+    sets: Annotated[str, typer.Option(help="Set metrics too, comma-separated: diversity_clip, vendi, ...")] = "",
     quiet: Quiet = False,
 ) -> None:
     """Sample, score and compare models on the same prompts and noise, with win rates and a report."""
@@ -92,6 +107,7 @@ def evaluate(
         primary=primary,
         in_loop=names(in_loop),
         title=title,
+        sets=names(sets),
         progress=not quiet,
     ).render(out())
 
@@ -157,3 +173,49 @@ def report(
             title=title,
         )
     )
+
+
+@app.command(name="sets")
+def set_metrics(
+    images: Annotated[
+        str | None, typer.Argument(help="Pictures as `score` takes them; none: list the metrics.")
+    ] = None,
+    metrics: Annotated[str, typer.Option(help="Names, comma-separated; name=PATH for own weights.")] = "",
+    reference: Annotated[Path | None, typer.Option(help="Pictures to compare with (FID, KID, CMMD).")] = None,
+    to: Annotated[Path | None, typer.Option("--out", help="sets.json; beside the pictures if not given.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Metrics of whole sets: FID, KID, CMMD, diversity, Vendi, LPIPS; those by prompt join the report."""
+    from ..eval.sets import list_sets
+
+    if images is None:
+        rows = [{"name": s.name, "needs": s.needs, "about": s.about} for s in list_sets().values()]
+        print_rows(rows, ["name", "needs", "about"], as_json)
+        return
+    from ..eval.setscore import measure_sets
+
+    found = measure_sets(images, metrics, reference, to, device, dtype)
+    print(found.out.read_text(), end="") if as_json else found.render(out())
+
+
+@app.command()
+def geneval(
+    images: Annotated[str, typer.Argument(help="Pictures as `score` takes them.")],
+    prompts: Annotated[str | None, typer.Option(help="A set with answers, such as everyday.")] = None,
+    detections: Annotated[Path | None, typer.Option(help="What a detector found, JSON lines.")] = None,
+    detector: Annotated[str | None, typer.Option(help="A detector that is installed, by name.")] = None,
+    to: Annotated[Path | None, typer.Option("--out", help="Verdicts, a row a picture, as JSON lines.")] = None,
+) -> None:
+    """GenEval's judge on found objects: presence, counts, colours, positions."""
+    import json
+    from dataclasses import asdict
+
+    from ..eval.detectors import load_detector
+    from ..eval.geneval import judge_images
+
+    found = judge_images(images, prompts, detections, load_detector(detector) if detector else None)
+    if to is not None:
+        to.write_text("".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in found.rows))
+    found.render(out())

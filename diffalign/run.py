@@ -349,6 +349,7 @@ class Session:
             self.save()
         if self.main:
             self.write_report()
+        self.parts.accelerator.wait_for_everyone()  # a launcher ends all as soon as one has ended
         where = (checkpoint_dirs(self.folder / "checkpoints") or [self.folder])[-1]
         text = "; ".join(f"{alarm.text}; stopped by train.guards.{alarm.guard}=stop" for alarm in fatal)
         raise RunError(f"{text}; the last checkpoint is {where}; {advice(fatal)}")

@@ -77,7 +77,7 @@ def reference_errors(
             "seed": str(source.seed),
             "caption_dropout": str(source.caption_dropout),
             "flip": str(recipe.data.flip),
-            "compute": f"{ctx.autocast} over {recipe.model.dtype}",
+            "compute": f"{ctx.autocast} over {recipe.model.dtype}, quantize {recipe.model.quantize}",
             "code": CODE,
         }
         found = source.cache.table(by, compute, recipe.data.encode_batch)

@@ -214,6 +214,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
             compile_unet(network)
     if type(method).prepare is not Method.prepare:
         made_by = {"method": recipe.method.name, "settings": method.config.model_dump_json(), **model.fingerprint()}
+        made_by["compute"] = f"{ctx.autocast} over {recipe.model.dtype}, quantize {recipe.model.quantize}"
         cache.extend(made_by, lambda batch: method.prepare(ctx, batch.to(device)), recipe.data.encode_batch)
     if period:
         schedule = json.dumps(model.scheduler_config, sort_keys=True, default=str)

@@ -74,7 +74,7 @@ def test_crop_is_transformers_own(size: tuple[int, int]) -> None:
 
 def test_letterbox_by_hand() -> None:
     black = -(torch.tensor(CLIP_MEAN) / torch.tensor(CLIP_STD))
-    for size in ((100, 50), (224, 112), (40, 224)):  # a long side of 224 already is padded as well
+    for size in ((100, 50), (97, 31), (224, 112), (40, 224)):  # a long side of 224 already is padded as well
         pixels = P2()([golden(*size)])[0]
         height, width = (round(side * 224 / max(size)) for side in size)
         top, left = (224 - height) // 2, (224 - width) // 2

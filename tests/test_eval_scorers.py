@@ -210,7 +210,12 @@ def test_wrong_weights_are_refused_in_one_line(folder: Path, tmp_path: Path) -> 
 def test_names(folder: Path) -> None:
     assert parse_scorers("oracle, pickscore=/m/p") == {"oracle": None, "pickscore": "/m/p"}
     assert parse_scorers(["oracle", "clip=a/b"]) == {"oracle": None, "clip": "a/b"}
-    for wrong, says in [("pikscore", "did you mean 'pickscore'"), ("oracle,oracle", "twice"), (" ", "no scorer")]:
+    for wrong, says in [
+        ("pikscore", "did you mean 'pickscore'"),
+        ("hpsv3", "transformers==4.45.2"),
+        ("oracle,oracle", "twice"),
+        (" ", "no scorer"),
+    ]:
         with pytest.raises(UserError, match=says):
             parse_scorers(wrong)
     assert [s.name for s in load_scorers(f"pickscore={folder},clip={folder}", device="cpu")] == ["pickscore", "clip"]

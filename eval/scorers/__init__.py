@@ -20,6 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["About", "Scored", "Scorer", "list_scorers", "load_scorer", "load_scorers", "parse_scorers"]
 
+# Classes that this package hands on without importing torch before they are asked for.
+CLASSES = {"Scorer": "_base", "Scored": "_base", "Clip": "clip", "PickScore": "pickscore", "HPS": "hps"}
+CLASSES |= {"ImageReward": "imagereward", "Aesthetic": "aesthetic", "OpenClip": "openclip"}
+# Scorers that people ask for and that their packages keep out.
+ABSENT = {
+    "hpsv3": "its package (hpsv3 1.0.0) needs transformers==4.45.2, diffalign 4.57 or newer",
+    "vqascore": "its package (t2v-metrics 3.0) needs torch==2.5.1 and transformers==4.49.0",
+}
+
 
 @dataclass(frozen=True)
 class About:
@@ -33,8 +42,8 @@ class About:
 
 
 def __getattr__(name: str) -> object:
-    if name in {"Scorer", "Scored"}:
-        return getattr(importlib.import_module(f"{__name__}._base"), name)
+    if name in CLASSES:
+        return getattr(importlib.import_module(f"{__name__}.{CLASSES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -69,6 +78,8 @@ def parse_scorers(names: str | Sequence[str]) -> dict[str, str | None]:
         name, _, path = part.partition("=")
         if not part:
             continue
+        if name in ABSENT:
+            raise UserError(f"scorer '{name}' cannot run here: {ABSENT[name]}; score in its own environment")
         if name not in known:
             raise UserError(f"unknown scorer '{name}'{nearest(name, known)}")
         if name in result:

@@ -205,7 +205,7 @@ def evaluate(
             if sets:
                 measure_sets(place, sets, device=settings.device)
     summary = {
-        "title": title or " and ".join(spec.label for spec in specs),
+        "title": title or listed([spec.label for spec in specs]),
         "primary": primary,
         "in_loop": list(in_loop),
         "run": None if run is None else str(run),
@@ -306,7 +306,7 @@ def write_report_of(
     names = list(dict.fromkeys(name for file in files for name in file.meta.scorers))
     called = [s.label for s in studies[0].sides] if studies else list(labels or [sides_of(files, None)[0].label])
     data = ReportData(
-        title=title or " and ".join(called),
+        title=title or listed(called),
         subtitle=f"{sum(s.prompts for s in studies) or files[0].meta.prompts} prompts",
         studies=studies,
         means={} if studies else means_of([files], called, [""], names),
@@ -324,6 +324,11 @@ def _write(data: ReportData, target: Path) -> Path:
         text = "\n".join(study.markdown() for study in data.studies)
         page.with_suffix(".md").write_text(f"# {data.title}\n\n{text}", encoding="utf-8")
     return page
+
+
+def listed(names: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def means_of(

@@ -1,10 +1,20 @@
 """Which known picture a run resembles, read from its curves and samples alone; its thresholds are the guards' too.
 
-Measured on the tiny world (64 held-out pairs x 4 draws, 8 prompts x 2 samples, 150 steps); see ``tests/test_health.py``
-for the runs. Columns: rise of the winner's held-out error over the base's, held-out accuracy, samples' diversity as a
-share of the base's, largest move of mean brightness or saturation, share of saturated logits.
+Measured on the tiny world with recipe tiny/dpo and train.steps=150 (lr 2e-3; 64 held-out pairs x 4 draws, 8 prompts x
+2 samples). Columns: rise of the winner's held-out error over the base's, held-out accuracy, samples'
+diversity as a share of the base's, largest move of mean brightness or saturation, saturated logits, what it is:
 
-NUMBERS
+    beta 500          +0.4 %   0.67   1.02   0.00    1 %   healthy
+    beta 660          +0.3 %   0.62   1.02   0.00    2 %   healthy (what --suggest-beta names)
+    beta 5000         -0.2 %   0.57   1.00   0.00    8 %   healthy, slower
+    beta 50          +25.9 %   0.75   0.95   0.00    0 %   over-optimised
+    beta 5           +80.8 %   0.76   0.74   0.21    0 %   over-optimised: objects vanish, grounds turn black
+    beta 50000        +0.0 %   0.49   1.00   0.00   52 %   not learning
+    shuffled labels   +1.2 %   0.54   0.74   0.03    0 %   not learning (mean margin below 0)
+    lr 1e-6           -0.0 %   0.54   1.00   0.00    0 %   not learning (nothing moved), 50 steps
+    lr 0.02           x 30     0.43   0.82   0.10   18 %   collapsed (colours at step 50: 0.31)
+    lr 0.1            x 31     0.44   0.62   0.56   46 %   collapsed, 50 steps
+    lr 0.1, no warmup x 41     0.44   0.11   0.27   81 %   collapsed: all white, 8 steps of 8
 
 Thresholds lie between the healthy runs and the others, by a factor where there is room. They are a reading of curves,
 not a law: a good run on other data may look otherwise, and only a comparison of samples with the base's (``diffalign

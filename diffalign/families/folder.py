@@ -38,8 +38,8 @@ class Weights:
 @dataclass
 class ModelFolder:
     """A model in the diffusers layout. ``index``, ``unet`` and ``scheduler`` are its JSON configs; ``replaced`` holds
-    the folders of components that come from elsewhere. ``single``: the checkpoint file that `fetch` makes the folder of;
-    ``vae``: the name of the VAE that `fetch` puts in place of the model's own."""
+    the folders of components that come from elsewhere. ``single``: the checkpoint file that `fetch` makes the folder
+    of; ``vae``: the name of the VAE that `fetch` puts in place of the model's own."""
 
     source: str
     path: Path

@@ -82,9 +82,9 @@ def load_lora(pipeline: DiffusionPipeline, file: Path, adapter: str) -> list[str
     try:
         state, *_ = pipeline.lora_state_dict(str(file), unet_config=pipeline.unet.config, use_safetensors=True)
         layers = set(adaptable(pipeline.unet))
-        for key in state:
-            layer = key.removeprefix("unet.").split(".lora")[0]
-            if key.startswith("unet.") and layer not in layers:
+        for key in convert_unet_state_dict_to_peft(_of_unet(state)):  # one layout has several names for a layer
+            layer = key.split(".lora")[0]
+            if layer not in layers:
                 raise UserError(f"LoRA '{file}' is for another network: it has a layer {layer} that the U-Net lacks")
         pipeline.load_lora_weights(str(file), adapter_name=adapter, use_safetensors=True)
     except (ValueError, RuntimeError, KeyError, TypeError, IndexError) as error:

@@ -234,8 +234,7 @@ def convert_vae(file: Path, config: Path) -> Path:
         with _quiet(), _explained(file, "a VAE of another make than this model's"):
             options: dict[str, Any] = {DTYPE: DTYPES.get(stored, torch.float32)}
             vae = AutoencoderKL.from_single_file(str(file), config=str(config), local_files_only=True, **options)
-            _check_whole(vae, file, "VAE")
-        vae.save_pretrained(folder)
+            vae.save_pretrained(folder)
 
     return _kept(file, str(config), make)
 
@@ -269,13 +268,9 @@ def _explained(file: Path, guess: str) -> Iterator[None]:
         yield
     except (ValueError, RuntimeError, KeyError, TypeError, IndexError, AttributeError) as error:
         reason = " ".join(str(error).split())[:160]
+        if "meta tensor" in reason:  # a weight that nothing was loaded into
+            raise UserError(f"'{file}' lacks some of its tensors; download it again") from error
         raise UserError(f"'{file}' cannot be read: it may be {guess} ({reason})") from error
-
-
-def _check_whole(network: nn.Module, file: Path, part: str) -> None:
-    absent = [name for name, p in network.named_parameters() if p.is_meta]
-    if absent:
-        raise UserError(f"'{file}' lacks {len(absent)} tensors of its {part}, such as {absent[0]}; download it again")
 
 
 def _convert(single: SingleFile, folder: Path) -> None:
@@ -294,12 +289,9 @@ def _convert(single: SingleFile, folder: Path) -> None:
         with _explained(single.path, guess):
             options: dict[str, Any] = {DTYPE: single.dtype}
             pipeline = kind.from_single_file(str(single.path), config=str(configs), local_files_only=True, **options)
-        networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-        for name, network in networks.items():
-            _check_whole(network, single.path, name)
-        if single.prediction is None and single.config is None and predicts_noise(pipeline):
-            pipeline.scheduler.register_to_config(prediction_type="epsilon")
-        pipeline.save_pretrained(folder)
+            if single.prediction is None and single.config is None and predicts_noise(pipeline):
+                pipeline.scheduler.register_to_config(prediction_type="epsilon")
+            pipeline.save_pretrained(folder)
 
 
 @contextmanager

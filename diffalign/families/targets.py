@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from torch import nn
@@ -25,6 +26,8 @@ ALL = (
     "upsamplers.0.conv",
     "time_emb_proj",
 )
+# how text encoders and their layers are named in LoRA files and in transformers
+TEXT = re.compile(r"(lora_te|te\d?$|te\d?[._]|text_)|(.*\.)?((q|k|v|out)_proj|fc[12]|text_projection|self_attn)(\.|$)")
 PRESETS = {"attention": ATTENTION, "all": ALL}
 
 
@@ -58,6 +61,11 @@ def lora_targets(unet: nn.Module, preset: str | Sequence[str]) -> list[str]:
     chosen = {end: [n for n in layers if n == end or n.endswith("." + end)] for end in ends}
     if not isinstance(preset, str):
         for end, found in chosen.items():
+            if not found and TEXT.match(end):
+                raise UserError(
+                    f"model.lora.targets: '{end}' is of a text encoder, and text encoders stay as they are "
+                    "(prompts are encoded once); name layers of the U-Net, or use attention or all"
+                )
             if not found:
                 parts = {".".join(n.split(".")[-k:]) for n in layers for k in (1, 2, 3)} | set(layers)
                 known = parts if "." in end else {p for p in parts if not p.isdigit()}

@@ -69,8 +69,8 @@ def measure(study: Study, threads: int = 4) -> Looks | None:
     if len(whole) < 2:
         return None
     tables = [{m: np.array([(side[n] or {}).get(m, np.nan) for n in whole]) for m in MEASURES} for side in found]
-    for name, values in _set_metrics(study).items():
-        for table, of_side in zip(tables, values, strict=True):
+    for name, sides in _set_metrics(study).items():
+        for table, of_side in zip(tables, sides, strict=True):
             table[name] = of_side
     shifts = []
     for i, table in enumerate(tables):

@@ -165,3 +165,29 @@ def test_compare_command(scored: list[Path], tmp_path: Path) -> None:
     (cut / "scores.jsonl").write_text(text[: len(text) // 2])
     half = diffalign("compare", cut, base)
     assert half.status == 2 and "half written" in half.line
+
+
+def test_tiny_scorers_rank_models_as_the_oracle_does(tmp_path: Path) -> None:
+    """Models that draw a share of the prompts wrong: every shipped scorer orders them as the oracle, by means and by
+    ratings."""
+    from diffalign.assets.scenes import caption, heldout_prompts, pair_scenes, render
+
+    scenes = pair_scenes(heldout=True)[:40]
+    wrong = scenes[7:] + scenes[:7]
+    prompts = [caption(scene) for scene in scenes]
+    assert set(prompts) <= set(heldout_prompts())
+    shares = (0.0, 0.3, 0.6, 0.9)
+    places = []
+    for share in shares:
+        place = write_samples(tmp_path / f"wrong-{share}", prompts, size=8)
+        drawn = [w if i % 10 < 10 * share else s for i, (s, w) in enumerate(zip(scenes, wrong, strict=True))]
+        for i, pixels in enumerate(render(drawn, np.random.default_rng(1))):
+            array = pixels if pixels.shape[-1] == 3 else pixels.transpose(1, 2, 0)
+            Image.fromarray(array).save(place / "images" / f"{i:06d}-0.png")
+        names = "oracle,tiny-clip,tiny-pickscore,tiny-hps"
+        score_images(place, None, names, place / "scores.jsonl", device="cpu", progress=False)
+        places.append(place)
+    found = study(places)
+    for board in found.boards:
+        assert np.argsort([-m.value for m in board.means]).tolist() == [0, 1, 2, 3], board.scorer
+        assert np.argsort([-value for value, _ in board.ratings]).tolist() == [0, 1, 2, 3], board.scorer

@@ -1,5 +1,6 @@
 # The project's habits. Each makes what it needs: a virtual environment in .venv, with the versions of constraints.txt.
 #   make demo       the whole story on the tiny models
+#   make test-8bit       quantised bases and the 8-bit optimiser, with bitsandbytes on the CPU, in .venv-8bit
 #   make test-openclip   the extras [openclip], [fid] and [lpips] against their packages, in .venv-openclip
 #   make test       the default tests          make test-slow   the long ones
 #   make lint       ruff and mypy              make index       rewrite the list of methods
@@ -10,7 +11,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-openclip demo lint assets index
+.PHONY: help install test test-slow test-openclip test-8bit demo lint assets index
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -53,6 +54,17 @@ $(EXTRAS)/.installed: $(STAMP)
 	@$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0 \
 	  open-clip-torch==3.3.0 timm==1.0.31 torch-fidelity==0.4.0 lpips==0.1.4
 	@touch $@
+
+EIGHT := .venv-8bit
+$(EIGHT)/.installed: $(STAMP)
+	@$(BIN)/python -m venv $(EIGHT)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(EIGHT)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/diffalign-venv.pth
+	@$(EIGHT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps bitsandbytes==0.50.2
+	@touch $@
+
+test-8bit: $(EIGHT)/.installed
+	@OMP_NUM_THREADS=1 $(EIGHT)/bin/python -m pytest tests/test_quantise.py $(PYTEST_ARGS)
 
 test-openclip: $(EXTRAS)/.installed
 	@OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest tests/test_eval_openclip.py tests/test_eval_extras.py $(PYTEST_ARGS)

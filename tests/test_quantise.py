@@ -1,7 +1,7 @@
 """A quantised base under fp32 adapters: what is quantised, what it costs in accuracy, that it trains, what it exports.
 
-The parts that quantise need bitsandbytes (the extra ``8bit``), whose newer releases run on the CPU as well: `make
-test-extras` makes an environment with it."""
+The parts that quantise need bitsandbytes (the extra ``8bit``), whose newer releases run on the CPU as well:
+`make test-8bit` makes an environment with it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from diffalign.families.known import meta_network
 from diffalign.families.quantise import check_quantize, quantisable, weight_bytes
 from diffalign.recipe import ModelRecipe
 
-needs_package = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra 8bit: make test-extras")
+needs_package = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra 8bit: make test-8bit")
 MODES = ("8bit", "4bit")
 
 

@@ -181,8 +181,6 @@ def _around_training(
     else:
         encoding = sum(weights), max(encode.peak, text)
         stays = sum(weights)
-    if not recipe.validate_.images:
-        return (0, 0), encoding
     drawn = min(8, micro, recipe.validate_.images)
     guided = drawn * (2 if recipe.validate_.guidance != 1 else 1)
     role = roles.names[0] if roles.names[0] in roles.networks else BASE

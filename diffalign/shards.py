@@ -71,7 +71,8 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     for module in network.modules():
         if isinstance(module, BLOCKS):
             fully_shard(module, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+    # by default the outermost keeps what it gathered: validation under EMA weights would leave those for the next step
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
     for module in network.modules():  # slices take their last place in memory at the first gathering
         if isinstance(module, FSDPModule):
             module.unshard()

@@ -97,6 +97,12 @@ def _pickscore(w: World) -> None:
     train_clip.train_pickscore(w.root / "tiny-pickscore", w.root / "tiny-clip", w.vae)
 
 
+def _sdxl(w: World) -> None:
+    from . import train_sdxl
+
+    train_sdxl.train(w.root / "tiny-sdxl", w.root / "tiny-sd", w.root / "tiny-pickscore")
+
+
 def _hps(w: World) -> None:
     from . import train_hps
 
@@ -160,12 +166,13 @@ STAGES: dict[str, Stage] = {
     "refine": Stage(_refine, ("unet", "oracle"), lambda w: w.root / "tiny-sd" / INDEX),
     "clip": Stage(_clip, ("tokenizer", "vae"), lambda w: w.root / "tiny-clip" / "model.safetensors"),
     "pickscore": Stage(_pickscore, ("clip",), lambda w: w.root / "tiny-pickscore" / "model.safetensors"),
+    "sdxl": Stage(_sdxl, ("refine", "pickscore"), lambda w: w.root / "tiny-sdxl" / INDEX),
     "hps": Stage(_hps, ("clip",), lambda w: w.root / "tiny-hps" / "open_clip_model.safetensors"),
     "samples": Stage(
         _samples, ("refine",), lambda w: _either(w.work / "samples.npz", w.root / "tiny-pairs" / "pickapic.parquet")
     ),
     "pairs": Stage(_pairs, ("samples", "pickscore"), lambda w: w.root / "tiny-pairs" / "pickapic.parquet"),
-    "check": Stage(_check, ("pairs", "oracle", "prompts", "hps"), lambda w: w.root / "QUALITY.json"),
+    "check": Stage(_check, ("pairs", "oracle", "prompts", "hps", "sdxl"), lambda w: w.root / "QUALITY.json"),
 }
 
 

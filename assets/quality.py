@@ -30,6 +30,10 @@ GATES: dict[str, tuple[float, float]] = {
     "single_dark_share": (0.3, 0.7),
     "two_heldout_all": (0.2, 0.75),
     "two_train_all": (0.2, 0.85),
+    "sdxl_single_all": (0.9, 1.0),
+    "sdxl_two_heldout_all": (0.2, 0.8),
+    "sdxl_softness_of_small": (0.0, 0.95),
+    "sdxl_shift_of_left_end": (0.05, 1.0),
     "clip_near_miss_accuracy": (0.85, 1.0),
     "pick_preference_accuracy": (0.85, 1.0),
     "pick_preference_heldout_accuracy": (0.8, 1.0),
@@ -59,6 +63,7 @@ def measure(root: Path) -> dict[str, float]:
     rng = start(7)
     oracle = Oracle.from_pretrained(root / "tiny-oracle")
     out = _drawings(root, oracle, rng) | _samples(root, oracle) | _preferences(root, rng)
+    out |= _sdxl(root, oracle)
     out["megabytes"] = sum(f.stat().st_size for f in root.rglob("*") if f.is_file() and f.suffix != ".pyc") / 1e6
     table = pq.read_table(root / "tiny-pairs" / "pickapic.parquet", columns=["caption", "has_label", "label_0"])
     asked = [scenes.parse(c) for c in table["caption"].to_pylist()]
@@ -110,6 +115,41 @@ def _samples(root: Path, oracle: Oracle) -> dict[str, float]:
         )
         out[f"{key}_samples_accuracy"], out[f"{key}_samples_pairs"] = float((gaps > 0).mean()), len(gaps)
     return out
+
+
+def _sdxl(root: Path, oracle: Oracle) -> dict[str, float]:
+    """Rates of tiny-sdxl's samples, and what its size conditioning does: pictures told to come from small originals are
+    softer, pictures told to be the left end of a wide original show the scene further right."""
+    pipe, out = load_pipeline(root / "tiny-sdxl"), {}
+    singles = [p for p in scenes.single_prompts() for _ in range(4)]
+    seeds = range(len(singles))
+    images = sample(pipe, singles, seeds)
+    out.update({f"sdxl_single_{k}": float(v.mean()) for k, v in oracle.judge(images, singles).items()})
+    side, wide = scenes.SIZE, (scenes.SIZE, scenes.SIZE + 16)
+    small = sample(pipe, singles, seeds, original_size=(14, 14), negative_original_size=(14, 14))
+    ends = []
+    for left in (0, 16):
+        crop = {"crops_coords_top_left": (0, left), "negative_crops_coords_top_left": (0, left)}
+        ends.append(sample(pipe, singles, seeds, original_size=wide, negative_original_size=wide, **crop))
+    out["sdxl_softness_of_small"] = sharpness(small) / sharpness(images)
+    out["sdxl_shift_of_left_end"] = (centre(ends[0]) - centre(ends[1])) / side
+    held = scenes.heldout_prompts()
+    images = sample(pipe, held, range(5000, 5000 + len(held)))
+    out.update({f"sdxl_two_heldout_{k}": float(v.mean()) for k, v in oracle.judge(images, held).items()})
+    return out
+
+
+def sharpness(images: torch.Tensor) -> float:
+    """Mean of the strongest 2 % of horizontal steps between neighbouring pixels: uint8 (N, 3, H, W)."""
+    steps = images.float().diff(dim=-1).abs().mean(1).flatten(1)
+    return float(steps.topk(max(1, steps.shape[1] // 50)).values.mean())
+
+
+def centre(images: torch.Tensor) -> float:
+    """Mean column, in pixels, of what differs from the picture's median colour: uint8 (N, 3, H, W)."""
+    x = images.float()
+    mass = (x - x.flatten(2).median(-1).values[..., None, None]).abs().mean((1, 2)) + 1e-3
+    return float((mass * torch.arange(x.shape[-1])).sum(1).div(mass.sum(1)).mean())
 
 
 def _preferences(root: Path, rng: np.random.Generator) -> dict[str, float]:

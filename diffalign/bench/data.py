@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import io
 import json
+import resource
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -41,12 +43,13 @@ Form = Literal["parquet", "folder"]
 
 @dataclass
 class Stage:
-    """One part of the work. Memory is the process's resident set in MB; ``slope`` is its growth in the second half, in
-    MB for every 100,000 pairs that passed."""
+    """One part of the work. ``cpu`` are seconds of all cores together. Memory is the process's resident set in MB;
+    ``slope`` is its growth in the second half, in MB for every 100,000 pairs that passed."""
 
     name: str
     pairs: int
     seconds: float
+    cpu: float
     start: float
     end: float
     peak: float
@@ -81,9 +84,9 @@ class DataReport:
         from rich.table import Table
 
         title = f"{self.pairs:,} pairs of {SIDE} px pictures ({self.form}, {self.data_mb:,.0f} MB)"
-        table = Table("stage", "seconds", "pairs/s", "RSS start", "end", "peak MB", "MB / 100k", title=title)
+        table = Table("stage", "seconds", "CPU", "pairs/s", "RSS start", "end", "peak MB", "MB / 100k", title=title)
         for s in self.stages:
-            numbers = (f"{n:,.0f}" for n in (s.seconds, s.rate, s.start, s.end, s.peak))
+            numbers = (f"{n:,.0f}" for n in (s.seconds, s.cpu, s.rate, s.start, s.end, s.peak))
             table.add_row(s.name, *numbers, f"{s.slope:+.1f}")
         console.print(table)
         console.print(f"cache {self.cache_mb:,.0f} MB, row file {self.rows_mb:,.1f} MB; MB / 100k: second half of each")
@@ -98,22 +101,25 @@ class Watch:
     """The process's resident memory, looked at in a thread."""
 
     def __init__(self) -> None:
-        import psutil
-
-        self.process = psutil.Process()
         self.stages: list[Stage] = []
-        self.done = 0
 
-    def rss(self) -> float:
-        """MB."""
-        return float(self.process.memory_info().rss / 1e6)
+    @staticmethod
+    def rss(kind: str = "VmRSS") -> float:
+        """MB, of ``VmRSS`` (all) or ``RssAnon`` (without pages of files). The peak so far where there is no /proc."""
+        status = Path("/proc/self/status")
+        if not status.is_file():
+            unit = 1 if sys.platform == "darwin" else 1024
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+        line = next(line for line in status.read_text().splitlines() if line.startswith(f"{kind}:"))
+        return int(line.split()[1]) * 1024 / 1e6
 
     @contextmanager
     def stage(self, name: str, pairs: int) -> Iterator[None]:
-        """Time and memory of what is done inside; ``self.done`` counts pairs where the work can tell."""
+        """Time and memory of what is done inside."""
         gc.collect()
         curve: list[tuple[float, float]] = []
         ended, began, first = threading.Event(), time.perf_counter(), self.rss()
+        worked = time.process_time()
 
         def look() -> None:
             while not ended.wait(INTERVAL):
@@ -126,13 +132,13 @@ class Watch:
         finally:
             ended.set()
             thread.join()
-        seconds, last = time.perf_counter() - began, self.rss()
+        seconds, cpu, last = time.perf_counter() - began, time.process_time() - worked, self.rss()
         curve.append((seconds, last))
         late = np.array([point for point in curve if point[0] >= seconds / 2])
         per_second = float(np.polyfit(late[:, 0], late[:, 1], 1)[0]) if len(late) > 3 else 0.0
         slope = per_second * seconds / pairs * 100_000
         peak = max(first, *(rss for _, rss in curve))
-        self.stages.append(Stage(name, pairs, seconds, first, last, peak, slope, thin(curve)))
+        self.stages.append(Stage(name, pairs, seconds, cpu, first, last, peak, slope, thin(curve)))
 
 
 def thin(curve: list[tuple[float, float]], count: int = 60) -> list[tuple[float, float]]:
@@ -186,22 +192,23 @@ def measure_index(watch: Watch, rows: int, folder: Path) -> dict[str, float]:
     """Memory of ``rows`` rows and of the keys of their pictures, without any picture."""
     if not rows:
         return {}
-    before = watch.rss()
+    before = watch.rss("RssAnon")
     packed = PairRows(None, folder)
     with watch.stage(f"{rows:,} rows, index alone", rows):
         for n in range(rows):
-            refs = [
+            chosen, rejected = (
                 ImageRef(
                     folder / f"{n // PIECE:04d}" / f"{n}-{side}.jpg", "", key_bytes(f"{side}{n}").hex(), (512, 512)
                 )
                 for side in "ab"
-            ]
-            packed.append(PairRow(f"{n:020d}", f"scene {n // PER_PROMPT} of coloured shapes", *refs))
+            )
+            packed.append(PairRow(f"{n:020d}", f"scene {n // PER_PROMPT} of coloured shapes", chosen, rejected))
         index = KeyIndex()
         keys = np.stack([packed.digests("chosen"), packed.digests("rejected")], 1).reshape(-1, 2)
         index.add(keys, np.arange(len(keys)))
         del keys
         gc.collect()
+    after = watch.rss("RssAnon")
     places = np.random.default_rng(0).integers(0, rows, 2000).tolist()
     began = time.perf_counter()
     for place in places:
@@ -209,11 +216,9 @@ def measure_index(watch: Watch, rows: int, folder: Path) -> dict[str, float]:
         index.find(key_array([row.chosen.digest, row.rejected.digest]))
     read = (time.perf_counter() - began) / len(places)
     files = sum(batch.nbytes for batch in packed.batches())
-    maps = watch.process.memory_maps() if hasattr(watch.process, "memory_maps") else []
-    mapped = sum(m.rss for m in maps if ".rows-" in m.path)  # pages that the system takes back when it needs them
     return {
         "rows": float(rows),
-        "bytes_per_row": (watch.rss() * 1e6 - before * 1e6 - mapped) / rows,
+        "bytes_per_row": (after - before) * 1e6 / rows,
         "file_bytes_per_row": files / rows,
         "read_us": read * 1e6,
     }
@@ -277,8 +282,13 @@ def _measure(recipe: Recipe, pairs: int, form: Form, place: Path, index: int, sa
             indices, visits = source.rows(start, min(recipe.train.batch, len(source) - start))
             for part in source.cut(indices, visits, recipe.train.micro_batch or recipe.train.batch):
                 source.load(*part)
-    sizes = [sum(f.stat().st_size for f in d.rglob("*") if f.is_file()) for d in (path, root, root / "rows")]
-    return DataReport(pairs, form, SIDE, *(size / 1e6 for size in sizes), watch.stages, found)
+    data, cached, listed = (size_of(folder) for folder in (path, root, root / "rows"))
+    return DataReport(pairs, form, SIDE, data, cached, listed, watch.stages, found)
+
+
+def size_of(folder: Path) -> float:
+    """MB of all files."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 
 def _telling(say: Callable[[str], None]) -> Callable[[int, int], None]:

@@ -95,7 +95,11 @@ class Packed(Sequence[R], Generic[R]):
 
     @classmethod
     def _make_schema(cls) -> pa.Schema:
-        fields = [("id", pa.string()), *((name, pa.string()) for name in cls.texts), ("row", pa.int64())]
+        fields: list[tuple[str, Any]] = [
+            ("id", pa.string()),
+            *((name, pa.string()) for name in cls.texts),
+            ("row", pa.int64()),
+        ]
         for side in cls.sides:
             fields += [
                 (f"{side}_column", pa.string()),
@@ -122,7 +126,7 @@ class Packed(Sequence[R], Generic[R]):
 
     def append(self, row: R) -> None:
         """One more row. The picture's bytes are not kept, only where they are and their hash."""
-        texts = row.prompts
+        texts: dict[str, str] = row.prompts
         packed: list[Any] = [row.id, *(texts.get(name) for name in self.texts), -1]
         for side in self.sides:
             ref = row.images[side]
@@ -349,7 +353,7 @@ class Stream:
         return self.packed
 
 
-def packed(rows: Sequence[PairRow] | Sequence[ImageRow]) -> PairRows | ImageRows:
+def packed(rows: Sequence[PairRow | ImageRow]) -> PairRows | ImageRows:
     """Rows of a list in packed form; packed ones as they are. Their pictures must be files or cells of one table."""
     if isinstance(rows, PairRows | ImageRows):
         return rows

@@ -40,7 +40,7 @@ class Source:
     def __init__(
         self,
         cache: LatentCache,
-        indices: Sequence[int],
+        indices: Sequence[int] | np.ndarray,
         seed: int,
         uncond: Cond,
         caption_dropout: float = 0.0,

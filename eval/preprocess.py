@@ -114,7 +114,8 @@ class P1:
         """The differentiable path: float (N, 3, H, W) in [0, 1] -> normalised fp32 (N, 3, size, size).
 
         An approximation of the pixels above: torch's antialiased bicubic on floats, clamped to [0, 1] but not rounded
-        to 256 levels. Gradients flow to ``images``."""
+        to 256 levels. Seen: 0.005 of a normalised unit on average (0.15 at single pixels of a harsh pattern), and 0.5 %
+        of the spread of scores. Without a resize the two are equal. Gradients flow to ``images``."""
         import torch.nn.functional as F
 
         _check_images(images)

@@ -19,6 +19,7 @@ from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from diffalign.errors import UserError
+from diffalign.eval.preprocess import P1
 from diffalign.eval.scorers import list_scorers, load_scorer, load_scorers, parse_scorers
 from diffalign.eval.scorers._clip import projected
 from diffalign.eval.scorers.clip import Clip
@@ -48,7 +49,8 @@ def pictures() -> list[Image.Image]:
 
 def test_listing_imports_no_torch() -> None:
     code = (
-        "import sys; from diffalign.eval.scorers import list_scorers, parse_scorers; names = list(list_scorers()); "
+        "import sys; from diffalign.eval.preprocess import P1
+from diffalign.eval.scorers import list_scorers, parse_scorers; names = list(list_scorers()); "
         "parse_scorers('oracle'); "
         " assert 'torch' not in sys.modules and 'transformers' not in sys.modules; print(*names)"
     )
@@ -151,6 +153,25 @@ def test_reward_has_gradients_and_stays_close(pick: PickScore) -> None:
         assert bool((pick.reward(step.clamp(0, 1), PROMPTS[:3]) > reward).all())
     assert pick.reward(torch.rand(2, 3, 80, 64), "a cat").shape == (2,)
     assert all(p.grad is None for p in pick.model.parameters())
+
+
+def test_reward_is_close_through_a_resize() -> None:
+    from diffalign.assets.scenes import random_captions, render, sample_scenes
+
+    for size in [(512, 512), (300, 451), (1000, 667)]:
+        picture = golden(*size)
+        floats = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
+        apart = (P1()([picture]) - P1().tensor(floats)).abs()
+        assert float(apart.mean()) < 0.01 and float(apart.max()) < 0.3
+    rng = np.random.default_rng(0)
+    scenes = sample_scenes(32, rng)
+    pictures = [Image.fromarray(p).resize((128, 128), Image.Resampling.BICUBIC) for p in render(scenes, rng)]
+    floats = torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2).float() / 255
+    prompts = random_captions(scenes, rng)
+    for name, share in (("tiny-clip", 0.03), ("tiny-pickscore", 0.03), ("tiny-hps", 1e-5)):
+        scorer = load_scorer(name, device="cpu")
+        exact = scorer(pictures, prompts)
+        assert float((scorer.reward(floats, prompts) - exact).abs().mean() / exact.std()) < share
 
 
 def test_towers_in_bf16_end_in_fp32(folder: Path, pick: PickScore, pictures: list[Image.Image]) -> None:

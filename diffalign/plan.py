@@ -287,7 +287,7 @@ class MetaModel(Model):
 
     def __init__(self, folder: ModelFolder, unet: nn.Module, encoders: tuple[nn.Module, ...]) -> None:
         self.folder, self.source = folder, folder.source
-        self.unet, self.vae = unet.requires_grad_(False).eval(), encoders[0]  # type: ignore[assignment]
+        self.unet, self.vae = unet.requires_grad_(False).eval(), encoders[0]
         self.scheduler_config = dict(folder.scheduler)
         self.device, self.dtype, self._encoders = META, torch.float32, encoders
 
@@ -300,7 +300,7 @@ def meta_model(model: Model) -> MetaModel:
     """The same networks without memory."""
     with torch.device(META):
         unet, vae = (type(part).from_config(part.config) for part in (model.unet, model.vae))
-        texts = [type(part)(part.config) for part in model.encoders()[1:]]  # type: ignore[call-arg, arg-type]
+        texts = [type(part)(part.config) for part in model.encoders()[1:]]
     return MetaModel(model.folder, unet, (vae, *texts))
 
 

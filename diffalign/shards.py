@@ -96,7 +96,7 @@ class Shards:
         self.network, self.kind = network, kind
         self.weights: dict[str, DTensor] = dict(network.named_parameters())  # type: ignore[arg-type]
         self.local = {
-            name: nn.Parameter(weight.detach().to_local(), requires_grad=False) for name, weight in self.weights.items()
+            name: nn.Parameter(weight.to_local().detach(), requires_grad=False) for name, weight in self.weights.items()
         }
 
     def take_gradients(self) -> None:

@@ -35,9 +35,9 @@ def weight_bytes(unet: nn.Module, dtype: torch.dtype, mode: str = "none") -> int
     total = sum(p.numel() for name, p in unet.named_parameters() if ".lora_" not in name)
     if mode == "none":
         return total * dtype.itemsize
-    linear = [unet.get_submodule(name) for name in quantisable(unet)]
-    few = sum(layer.weight.numel() for layer in linear)  # type: ignore[union-attr, operator]
-    scales = sum(4 * layer.out_features for layer in linear) if mode == "8bit" else 0  # type: ignore[operator, misc]
+    shapes = [unet.get_parameter(f"{name}.weight").shape for name in quantisable(unet)]
+    few = sum(shape.numel() for shape in shapes)
+    scales = sum(4 * shape[0] for shape in shapes) if mode == "8bit" else 0
     return int((total - few) * dtype.itemsize + few * BYTES[mode] + scales)
 
 

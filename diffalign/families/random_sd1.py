@@ -14,8 +14,16 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from .known import CLIP_L, SD15_UNET, VAE, Config
 
-WIDTHS = ("block_out_channels", "cross_attention_dim", "norm_num_groups")
-WIDTHS += ("hidden_size", "intermediate_size", "projection_dim")
+WIDTHS = frozenset(
+    (
+        "block_out_channels",
+        "cross_attention_dim",
+        "norm_num_groups",
+        "hidden_size",
+        "intermediate_size",
+        "projection_dim",
+    )
+)
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 

@@ -49,8 +49,7 @@ def pictures() -> list[Image.Image]:
 
 def test_listing_imports_no_torch() -> None:
     code = (
-        "import sys; from diffalign.eval.preprocess import P1
-from diffalign.eval.scorers import list_scorers, parse_scorers; names = list(list_scorers()); "
+        "import sys; from diffalign.eval.scorers import list_scorers, parse_scorers; names = list(list_scorers()); "
         "parse_scorers('oracle'); "
         " assert 'torch' not in sys.modules and 'transformers' not in sys.modules; print(*names)"
     )

@@ -325,14 +325,14 @@ def test_a_few_step_model_is_sampled_as_it_says(lora: Run, tiny_model_folder: Pa
 
     pictures = [np.asarray(Image.open(next((tmp_path / n / "images").iterdir())), dtype=int) for n in "abc"]
     assert max(np.abs(pictures[0] - other).max() for other in pictures[1:]) <= 1
+    few(run / "model", timesteps=(999, 600, 300, 100))
+    assert diffalign("sample", run, "--prompts", "a cat", "--out", tmp_path / "f", "--quiet").status == 0
+    others = np.asarray(Image.open(next((tmp_path / "f" / "images").iterdir())), dtype=int)
+    assert np.abs(others - pictures[0]).max() > 3, "the recorded times are used"
     by_hand = ["--steps", "2", "--scheduler", "ddim", "--guidance", "3"]
     done = diffalign("sample", tmp_path / "merged", "--prompts", "a cat", "--out", tmp_path / "d", "--quiet", *by_hand)
     said = json.loads((tmp_path / "d" / "sample.json").read_text())["settings"]
     assert done.status == 0 and (said["steps"], said["scheduler"]) == (2, "ddim") and "recorded" not in said
-    done = diffalign(
-        "sample", tmp_path / "merged", "--prompts", "a cat", "--out", tmp_path / "e", "--quiet", "--steps", 2
-    )
-    assert done.status == 0, done.err
 
 
 def test_a_record_that_does_not_hold_together(tiny_model_folder: Path, tmp_path: Path) -> None:
@@ -350,8 +350,10 @@ def test_a_record_that_does_not_hold_together(tiny_model_folder: Path, tmp_path:
     ):
         entry = {**good.model_dump(mode="json"), **change}
         (tmp_path / "m" / "diffalign.json").write_text(json.dumps({"format": 2, "sampling": entry}))
-        done = diffalign("sample", tmp_path / "m", "--prompts", "a cat", "--out", tmp_path / "out")
-        assert done.status == 2 and said in done.line and not (tmp_path / "out").exists()
+        with pytest.raises(UserError, match=said):
+            recorded(str(tmp_path / "m"))
+    done = diffalign("sample", tmp_path / "m", "--prompts", "a cat", "--out", tmp_path / "out")
+    assert done.status == 2 and "surprise" in done.line and not (tmp_path / "out").exists()
     (tmp_path / "m" / "diffalign.json").unlink()
     few(tmp_path / "m", scheduler="DDIMScheduler", config={})
     done = diffalign("sample", tmp_path / "m", "--prompts", "a cat", "--out", tmp_path / "out")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import Result, installed
+from command import Result, diffalign, installed
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tiny import tiny_unet
@@ -98,17 +98,25 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def words(lora: Path, base: Path, out: Path, repo: str = "me/cats") -> list[object]:
+    return ["export", lora, "--base", base, "--format", "kohya", "--out", out, "--push-to-hub", repo, "--private"]
+
+
 def push(lora: Path, base: Path, out: Path, endpoint: str, token: str | None = TOKEN, repo: str = "me/cats") -> Result:
-    words = ["export", lora, "--base", base, "--format", "kohya", "--out", out, "--push-to-hub", repo, "--private"]
-    env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_TOKEN": token or "", "HF_HOME": str(out.parent / "home")}
-    return installed(*words, **env, HF_HUB_DISABLE_TELEMETRY="1", NO_PROXY="127.0.0.1", no_proxy="127.0.0.1")
+    """In a process that has the hub's client loaded: it reads its settings once, at its import."""
+    code = f"from huggingface_hub import constants as c; c.HF_HUB_OFFLINE, c.ENDPOINT = False, {endpoint!r}"
+    code += "; c.HF_TOKEN_PATH = '/nowhere'"
+    env = {"HF_TOKEN": token or "", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    return diffalign(*words(lora, base, out, repo), code=code, **env)
 
 
 def test_the_folder_arrives_as_one_private_commit(
     hub: Hub, lora: Path, tiny_model_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "cats"
-    done = push(lora, tiny_model_folder, out, f"http://127.0.0.1:{hub.server_port}")
+    env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": TOKEN}
+    env |= {"HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    done = installed(*words(lora, tiny_model_folder, out), **env)
     assert done.status == 0, done.err
     assert hub.tokens == {f"Bearer {TOKEN}"} and TOKEN not in done.out + done.err
     assert done.out.splitlines()[-1].endswith("/me/cats")

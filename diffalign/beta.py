@@ -165,9 +165,8 @@ class Probe:
         before, ctx.phase = ctx.phase, PHASE
         with torch.no_grad():
             for draw in range(DRAWS):
-                for start in range(0, len(self.rows), micro):
-                    part = self.rows[start : start + micro]
-                    batch = self.source.load(part, [draw] * len(part)).to(ctx.device)
+                for rows, visits in self.source.cut(self.rows, [draw] * len(self.rows), micro):
+                    batch = self.source.load(rows, visits).to(ctx.device)
                     batch.columns = {}  # cached reference errors belong to the draws of training
                     noised = self.method.noise(ctx, batch)
                     if role == "base":

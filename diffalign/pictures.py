@@ -42,7 +42,12 @@ class Sheets:
         if wanted:
             return wanted
         rows = self.parts.heldout.indices if self.parts.heldout else range(len(self.parts.rows))
-        return list(dict.fromkeys(self.parts.rows[int(i)].prompt for i in rows))
+        found: dict[str, None] = {}
+        for i in rows:  # of millions of rows only the first few are read
+            found[self.parts.rows[int(i)].prompt] = None
+            if len(found) == self.recipe.images:
+                break
+        return list(found)
 
     def _release(self) -> None:
         if self.parts.recipe.data.cache:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from .data.batch import Cond
 from .data.cache import cache_plan
 from .data.files import cache_root
-from .data.layout import CachePlan
+from .data.layout import CachePlan, entry_bytes
 from .data.rowtable import Stream
 from .data.store import free_bytes
 from .errors import UserError
@@ -157,7 +158,7 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
         model = meta_model(real)
     else:
         model = known_model(known, recipe.model.path)
-        disk = known_cache(rows, model, known, recipe)
+        disk = known_cache(rows, model, recipe)
         notes.append(f"the weights of '{recipe.model.path}' are not on this machine: counted from the known configs")
     if recipe.data.cache:
         disk.check()
@@ -281,12 +282,14 @@ def encoder_names(model: Model) -> list[str]:
 
 
 class MetaModel(Model):
-    """A model without weights: what a plan asks of one."""
+    """A model without weights: what a plan asks of one. ``text``: conditioning of the shape that its encoders give."""
 
     family = "meta"
 
-    def __init__(self, folder: ModelFolder, unet: nn.Module, encoders: tuple[nn.Module, ...]) -> None:
-        self.folder, self.source = folder, folder.source
+    def __init__(
+        self, folder: ModelFolder, unet: nn.Module, encoders: tuple[nn.Module, ...], text: Cond | None = None
+    ) -> None:
+        self.folder, self.source, self._uncond = folder, folder.source, text
         self.unet, self.vae = unet.requires_grad_(False).eval(), encoders[0]
         self.scheduler_config = dict(folder.scheduler)
         self.device, self.dtype, self._encoders = META, torch.float32, encoders
@@ -309,18 +312,18 @@ def known_model(known: Known, source: str) -> MetaModel:
     schedule = SCHEDULE | {"prediction_type": known.prediction}
     folder = ModelFolder(source, Path(source), {}, known.unet, schedule)
     names = [name for name in known.networks if name != "unet"]
-    return MetaModel(folder, meta_network(known), tuple(meta_network(known, name) for name in names))
+    added = {"text_embeds": torch.zeros(1, known.pooled)} if known.pooled else {}
+    text = Cond(torch.zeros(1, known.tokens, known.unet["cross_attention_dim"]), added)
+    return MetaModel(folder, meta_network(known), tuple(meta_network(known, name) for name in names), text)
 
 
-def known_cache(rows: Rows, model: Model, known: Known, recipe: Recipe) -> CachePlan:
+def known_cache(rows: Rows, model: Model, recipe: Recipe) -> CachePlan:
     """What the cache of these rows takes, by shapes; nothing of it is there yet."""
-    data, root = recipe.data, cache_root(recipe.data)
-    side = data.resolution or model.default_resolution
-    height, width = model.latent_size(side, side)
-    pictures = len(rows) * len(rows.sides) * (2 if data.flip else 1)
-    prompts = sum(map(len, rows.distinct_prompts())) * (2 if rows.two_prompts else 1) + 2
-    text = 4 * (known.tokens * known.unet["cross_attention_dim"] + known.pooled) + 40
-    count = pictures * (4 * height * width * (6 if data.posterior == "sample" else 4) + 76) + prompts * text
+    root = cache_root(recipe.data)
+    pictures = sum(len(row.images) for row in rows) * (2 if recipe.data.flip else 1)
+    prompts = len({text for row in rows for text in row.prompts.values()}) + 2
+    picture, prompt = entry_bytes(model, recipe.data)
+    count = pictures * picture + prompts * prompt
     return CachePlan(root, pictures, prompts, count, count, free_bytes(root))
 
 

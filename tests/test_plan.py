@@ -118,7 +118,7 @@ def measure(name: str, method_name: str, copies: bool, checkpointing: bool, rows
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    ("name", "method", "copies"), [("tiny", "dpo", False), ("mid", "dpo", False), ("mid", "sft", True)]
+    ("name", "method", "copies"), [("tiny", "dpo", False), ("mid", "dpo", False), ("tiny", "sft", True)]
 )
 def test_activations_are_those_of_a_real_step(name: str, method: str, copies: bool, checkpointing: bool) -> None:
     rows, (_, side, width) = 4, UNETS[name]

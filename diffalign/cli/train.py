@@ -23,6 +23,7 @@ def train(
     preset: Annotated[
         str | None, typer.Option(help="Settings for a card of 8gb, 12gb, 16gb, 24gb, 48gb or 80gb; overrides win.")
     ] = None,
+    processes: Annotated[int, typer.Option(help="With --plan: the number of processes to plan for.", min=1)] = 1,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint or run folder.")] = "auto",
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -43,7 +44,7 @@ def train(
     if plan:
         from ..plan import make_plan
 
-        found = make_plan(loaded, card=card)
+        found = make_plan(loaded, processes, card)
         print(json.dumps(found.json(), indent=1)) if as_json else found.render(out())
         return
     if suggest_beta:

@@ -6,8 +6,8 @@ diversity as a share of the base's, largest move of mean brightness or saturatio
 
     beta 500          +0.4 %   0.67   1.02   0.00    1 %   healthy
     beta 660          +0.3 %   0.62   1.02   0.00    2 %   healthy (what --suggest-beta names)
-    beta 5000         -0.2 %   0.57   1.00   0.00    8 %   healthy, slower
-    beta 50          +25.9 %   0.75   0.95   0.00    0 %   over-optimised
+    beta 6600         -0.0 %   0.57   1.00   0.00   13 %   over-optimised: held-out loss 1.26, a coin has 0.69
+    beta 66          +17.9 %   0.75   0.94   0.01    1 %   over-optimised
     beta 5           +80.8 %   0.76   0.74   0.21    0 %   over-optimised: objects vanish, grounds turn black
     beta 50000        +0.0 %   0.49   1.00   0.00   52 %   not learning
     shuffled labels   +1.2 %   0.54   0.74   0.03    0 %   not learning (mean margin below 0)
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import log
 from typing import Literal
 
 from .curves import LogRow, series
@@ -38,6 +39,7 @@ BRIGHTNESS_MOVED = 0.15
 SATURATION_MOVED = 0.15
 NORM_TIMES = 10.0  # a gradient norm over its median so far
 FALLEN = 0.1  # accuracy, below its best
+SURE = 0.2  # held-out loss, above log 2
 DRAWS = 256  # held-out (pair, draw) where the log does not say how many
 STILL = 0.002  # change of the errors, as a share of them
 WEAK = 0.02  # mean |logit|
@@ -86,6 +88,8 @@ class Readings:
     saturated: float | None
     saturated_start: float
     margin: float | None
+    loss: float | None
+    loss_start: float | None
     pictures: dict[str, tuple[float, float]]
     points: int
     draws: float = DRAWS
@@ -104,6 +108,12 @@ class Readings:
     def full(self) -> bool:
         """Whether too many logits are saturated, and more than at the start."""
         return self.saturated is not None and self.saturated > max(SATURATED, self.saturated_start + SATURATED / 2)
+
+    @property
+    def sure(self) -> bool:
+        """Whether a loss that starts at log 2 (that of a coin) ends well above it on held-out pairs."""
+        start, end = self.loss_start, self.loss
+        return start is not None and end is not None and abs(start - log(2)) < 0.01 and end > start + SURE
 
     @property
     def diversity(self) -> float | None:
@@ -172,6 +182,8 @@ def read(rows: Sequence[LogRow]) -> Readings:
         end("saturated"),
         start("saturated") or 0.0,
         None if (margin := end("margin")) is None else margin - (start("margin") or 0.0),
+        end("loss") if held else None,
+        start("loss") if held else None,
         {
             name: (first_value, last_value)
             for name in ("diversity", "brightness", "saturation")
@@ -223,6 +235,9 @@ def _judge(r: Readings) -> tuple[Verdict, str, str]:
         if r.gained >= 2 * r.noise:
             return "over-optimised", text, "lower method.beta (`--suggest-beta` names one) or stop earlier"
         return "not learning", f"{said}, and {text}", "lower method.beta (`--suggest-beta` names one)"
+    if r.sure and r.gained >= 2 * r.noise:
+        text = f"{said}, but the held-out loss is {r.loss:.2f}, above the {r.loss_start:.2f} of a coin"
+        return "over-optimised", f"{text}: it is surer than it knows", "lower method.beta (`--suggest-beta` names one)"
     if r.drift > 1:
         return "over-optimised", f"the preference is won ({said}), but the samples' colours drifted ({colours})", tie
     if (r.moved is not None and r.moved < STILL) and (r.logit is None or r.logit < WEAK):
@@ -276,6 +291,9 @@ def _findings(r: Readings) -> list[Finding]:
     if r.saturated is not None:
         words, state = f"beyond 5; bad above {SATURATED:.0%}", "bad" if r.full else "good"
         found.append(Finding("saturated logits", r.saturated_start, r.saturated, state, words))
+    if r.loss is not None and r.loss_start is not None:
+        words = f"0.69 is a coin's; bad above {log(2) + SURE:.2f} where it starts there"
+        found.append(Finding("held-out loss", r.loss_start, r.loss, "bad" if r.sure else "good", words))
     limits = {"brightness": BRIGHTNESS_MOVED, "saturation": SATURATION_MOVED}
     for name, (start, end) in r.pictures.items():
         if name == "diversity":

@@ -26,6 +26,7 @@ def curve(accuracy: float = 0.7, gain: float = 0.002, looks: int = 5, draws: int
         "logit_abs": 0.0,
         "saturated": 0.0,
         "margin": 0.0,
+        "loss": 0.6931,
         "diversity": 0.3,
         "brightness": 0.5,
         "saturation": 0.4,
@@ -60,6 +61,8 @@ FALLEN: list[Row] = [{"step": 900 + i, "kind": "validate", "accuracy": 0.52} for
         (curve(accuracy=0.3), "not learning", "swapped"),
         (curve(accuracy=0.52, saturated=0.6, logit_abs=9), "not learning", "lower method.beta"),
         (curve(saturated=0.6, logit_abs=9), "over-optimised", "60% of the logits"),
+        (curve(loss=1.1), "over-optimised", "surer than it knows"),
+        (curve(loss=0.75), "healthy", "0.70"),
         (curve(gain=-0.05, logit_abs=0.1), "over-optimised", "raise method.beta"),
         (curve(brightness=0.2), "over-optimised", "brightness 0.50 to 0.20"),
         (curve(accuracy=0.48, gain=-0.05), "not learning", "50% above"),
@@ -173,18 +176,26 @@ def test_a_learning_rate_far_too_low_does_not_learn(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_each_picture_by_a_longer_run(tmp_path: Path) -> None:
-    """What beta and labels do in 150 steps at the recipe's learning rate."""
-    verdicts = {
-        "healthy": tiny(tmp_path / "healthy", 150)[1].verdict,
-        "loose": tiny(tmp_path / "loose", 150, beta=5)[1].verdict,
-        "tight": tiny(tmp_path / "tight", 150, beta=50000)[1].verdict,
-        "shuffled": tiny(tmp_path / "shuffled", 150, shuffle_labels=True)[1].verdict,
-        "hot": tiny(tmp_path / "hot", 150, lr=0.02)[1].verdict,
+    """What beta and labels do in 150 steps at the recipe's learning rate; 660 is what --suggest-beta names for seed 0,
+    and a tenth, a hundredth, ten and a hundred times of it are not healthy."""
+    runs: dict[str, dict[str, object]] = {
+        "suggested": {"beta": 660},
+        "recipe": {"beta": 500},
+        "a tenth": {"beta": 66},
+        "a hundredth": {"beta": 6.6},
+        "tenfold": {"beta": 6600},
+        "a hundredfold": {"beta": 66000},
+        "shuffled": {"shuffle_labels": True},
+        "hot": {"lr": 0.02},
     }
+    verdicts = {name: tiny(tmp_path / name, 150, **values)[1].verdict for name, values in runs.items()}
     assert verdicts == {
-        "healthy": "healthy",
-        "loose": "over-optimised",
-        "tight": "not learning",
+        "suggested": "healthy",
+        "recipe": "healthy",
+        "a tenth": "over-optimised",
+        "a hundredth": "over-optimised",
+        "tenfold": "over-optimised",
+        "a hundredfold": "not learning",
         "shuffled": "not learning",
         "hot": "collapsed",
     }

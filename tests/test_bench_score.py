@@ -16,7 +16,7 @@ def test_ways_agree_and_prompts_are_encoded_once() -> None:
     assert (found.images, found.prompts, found.size) == (4, 2, 96)
     assert found.texts == {"tiny-clip": 2, "tiny-pickscore": 2}, "two images a prompt, encoded once"
     assert found.agreement < 1e-5
-    assert set(found.ratios) == {"singles", "per_scorer", "reload"}
+    assert set(found.ratios) == set(found.work) == {"singles", "per_scorer", "reload"}
     assert all(arm.images_per_second > 0 for arm in found.arms) and len(found.arms) == 6
     assert found.ratios["reload"].median > 1.5, "reading the weights for each call costs"
     json.dumps(found.json())

@@ -48,7 +48,9 @@ class ScoreReport:
     """What ``measure_score`` found. ``ratios`` of seconds an image: ``singles`` one image at a time over one pass, for
     one scorer; ``per_scorer`` a loop that decodes for each scorer and image over one pass of all; ``reload`` the same
     loop reading the weights for each call over one pass of all. ``agreement``: largest difference of the scores of the
-    loop and of the pass, relative to the largest score. ``texts``: prompts that each scorer encoded in one pass."""
+    loop and of the pass, relative to the largest score. ``texts``: prompts that each scorer encoded in one pass.
+    ``work``: the same ratios by this process's processor seconds, which other programs do not disturb; what threads
+    gain on idle cores is not in them."""
 
     scorers: list[str]
     device: str
@@ -59,6 +61,7 @@ class ScoreReport:
     rounds: int
     arms: list[Arm]
     ratios: dict[str, Ratio]
+    work: dict[str, Ratio]
     agreement: float
     texts: dict[str, int]
     decode_ms: float
@@ -84,7 +87,8 @@ class ScoreReport:
             "reload": "a loop that reads the weights for each call takes {} times as long as one pass of all",
         }
         for name, ratio in self.ratios.items():
-            console.print(words[name].format(f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"))
+            shown = f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+            console.print(words[name].format(shown) + f"; by processor time {self.work[name].median:.2f}")
         counts = ", ".join(f"{name} {count}" for name, count in self.texts.items())
         console.print(f"prompts encoded in one pass of {self.prompts} prompts: {counts}")
         console.print(
@@ -120,7 +124,7 @@ def measure_score(
         folder = Path(place)
         write_pictures(folder / "images", images, size)
         items = read_items(folder / "images").items
-        seconds, agreement, texts = _measure(folder, items, loaded, specs, rounds, device, dtype, batch)
+        seconds, work, agreement, texts = _measure(folder, items, loaded, specs, rounds, device, dtype, batch)
     one = len(items)
     rate = {name: statistics.median(values) for name, values in seconds.items()}
     few = min(RELOADED, len(items))
@@ -141,15 +145,20 @@ def measure_score(
         size=size,
         rounds=rounds,
         arms=arms,
-        ratios={
-            "singles": Ratio.of(seconds["singles"], seconds["one"]),
-            "per_scorer": Ratio.of(seconds["loop"], seconds["all"]),
-            "reload": Ratio.of([s / few for s in seconds["reload"]], [s / one for s in seconds["all"]]),
-        },
+        ratios=_ratios(seconds, few, one),
+        work=_ratios(work, few, one),
         agreement=agreement,
         texts=texts,
         decode_ms=1000 * rate["decode"] / one,
     )
+
+
+def _ratios(seconds: dict[str, list[float]], few: int, one: int) -> dict[str, Ratio]:
+    return {
+        "singles": Ratio.of(seconds["singles"], seconds["one"]),
+        "per_scorer": Ratio.of(seconds["loop"], seconds["all"]),
+        "reload": Ratio.of([s / few for s in seconds["reload"]], [s / one for s in seconds["all"]]),
+    }
 
 
 def write_pictures(folder: Path, count: int, size: int) -> None:
@@ -178,7 +187,7 @@ def _measure(
     device: str,
     dtype: str,
     batch: int,
-) -> tuple[dict[str, list[float]], float, dict[str, int]]:
+) -> tuple[dict[str, list[float]], dict[str, list[float]], float, dict[str, int]]:
     passed: dict[str, list[float]] = {}
     texts: dict[str, int] = {}
 
@@ -225,15 +234,17 @@ def _measure(
     for scorer in loaded[1:]:
         ways[f"alone {scorer.name}"] = lambda scorer=scorer: one_pass([scorer])  # type: ignore[misc]
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    work: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
-            began = time.perf_counter()
+            began, busy = time.perf_counter(), time.process_time()
             way()
             if number:  # the first round warms up
                 seconds[name].append(time.perf_counter() - began)
+                work[name].append(time.process_time() - busy)
     largest = max(abs(v) for values in passed.values() for v in values)
     apart = max(abs(a - b) for name in passed for a, b in zip(passed[name], looped[name], strict=True))
-    return seconds, apart / largest, texts
+    return seconds, work, apart / largest, texts
 
 
 def singly(scorer: Scorer, item: Item) -> list[float]:

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image, ImageEnhance
 from test_data_readers import COUNT, as_images, good, pairs, recipe, worse, write_folder
 
-from diffalign.data import hub, parquet
+from diffalign.data import hub, parquet, readers
 from diffalign.data.images import difference_hash
 from diffalign.data.ranked import read_ranked
 from diffalign.data.readers import read_images, read_pairs
@@ -103,7 +103,7 @@ def test_shards_of_captioned_pictures(tmp_path: Path) -> None:
 
 def test_streams_give_the_same_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Forwards, backwards and out of order, with a window of one row."""
-    monkeypatch.setattr(hub, "KEPT_BYTES", 1)
+    monkeypatch.setattr(hub, "WINDOW_BYTES", 1)
     expected = read_pairs(recipe(write_folder(tmp_path / "plain", pairs()))).rows
     pq.write_table(pa.Table.from_pylist(pairs()), tmp_path / "x.parquet", row_group_size=3)
     write_tar(tmp_path / "x.tar", {f"{i:03d}": named(i) for i in range(COUNT)})
@@ -116,6 +116,22 @@ def test_streams_give_the_same_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert found.rows[i].chosen.read() == good(i) and found.rows[i].rejected.read() == worse(i)
     some = read_pairs(recipe(tmp_path / "x.parquet", streaming=True, cache=True, max_pairs=2))
     assert len(some.rows) == 2 and some.report.rows == 2
+
+
+def test_a_stream_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows and their pictures come from one pass, though the window holds far less than the whole."""
+    data = [{"prompt": f"{i}", "chosen": jpeg(2 * i, 32), "rejected": jpeg(2 * i + 1, 32)} for i in range(120)]
+    pq.write_table(pa.Table.from_pylist(data), tmp_path / "x.parquet")
+    monkeypatch.setattr(hub, "WINDOW_BYTES", 60 * len(data[0]["chosen"]))
+    table = open_table(str(tmp_path / "x.parquet"), streaming=True)
+    assert isinstance(table, hub.StreamTable)
+    passes, skip = [], table.data.skip
+    monkeypatch.setattr(table.data, "skip", lambda n: passes.append(n) or skip(n))
+    options = recipe(tmp_path / "x.parquet", streaming=True, cache=True)
+    for i, row in enumerate(readers.open_pairs(options, table=table).rows):
+        assert row.chosen.read() == data[i]["chosen"] and row.rejected.read() == data[i]["rejected"]
+    assert i == 119 and not passes
+    assert table.image(0, "chosen") == data[0]["chosen"] and passes == [0]
 
 
 def test_streams_that_cannot_be(tmp_path: Path) -> None:

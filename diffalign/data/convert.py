@@ -252,10 +252,11 @@ class Work:
 
     def _pieces(self, writer: Writer) -> Iterator[None]:
         """Write rows; a turn for each piece that is durable."""
+        ahead_by = min(AHEAD, self.table.together)
         limit, size, rows, skipped = self.recipe.max_pairs, 0, 0, len(self.report.bad)
         if limit is not None and self.kept >= limit:
             return
-        for i, found in enumerate(ahead(self._read, self._places(), self.pool, AHEAD), self.next):
+        for i, found in enumerate(ahead(self._read, self._places(), self.pool, ahead_by), self.next):
             made = found if isinstance(found, BadRow) else self._make(*found)
             if isinstance(made, BadRow):
                 self.report.bad.append(made)

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RunError, UserError, nearest
 from .rows import digest_of, file_stamp
-from .table import KEPT_BYTES, Kept, Table
+from .table import Kept, Table
 from .webdataset import column_of, from_members
 
 if TYPE_CHECKING:
     import datasets
 
+WINDOW_BYTES = 256 * 2**20
 BLOCK = 256  # rows of plain values that are read at once
 # What `datasets` can stream from local files, by suffix.
 STREAMED = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv", ".tar": "webdataset", ".arrow": "arrow"}
@@ -62,6 +63,8 @@ class StreamTable(Table):
 
     Going forwards is free; going back before the window starts the stream again. ``total`` is known at its end."""
 
+    together = 16  # with two pictures of some MB each they fit into the window
+
     def __init__(self, label: str, base: Path, data: datasets.IterableDataset, signature: str) -> None:
         data, self.pictures = _undecoded(data)
         names = data.column_names or list(next(iter(data), {}))
@@ -71,7 +74,7 @@ class StreamTable(Table):
             names = list(from_members(next(iter(data), {})))
         super().__init__("datasets", label, base, names, None)
         self.data, self.fingerprint = data, signature
-        self.kept: Kept[dict[str, Any]] = Kept(KEPT_BYTES, _record_bytes)
+        self.kept: Kept[dict[str, Any]] = Kept(WINDOW_BYTES, _record_bytes)
         self.rows: Iterator[dict[str, Any]] = iter(data)
         self.next = 0
 

@@ -22,7 +22,7 @@ BLOCK_BYTES = 32 * 2**20
 
 
 class ParquetTable(Table):
-    """One or more Parquet files of the same columns; blocks of about 256 MB stay in memory.
+    """One or more Parquet files of the same columns; blocks of about 128 MB stay in memory.
 
     Raises UserError for a file that is none and for files with other columns than the first."""
 

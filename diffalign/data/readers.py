@@ -185,7 +185,7 @@ def _walk(
         start = 0
         while table.exists(start):
             drafts: list[Draft | BadRow] = []
-            for i in range(start, start + CHUNK):
+            for i in range(start, start + min(CHUNK, table.together)):
                 if not table.exists(i):
                     break
                 drafts.append(draft_or_flaw(table, i, draft))

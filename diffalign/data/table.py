@@ -14,7 +14,7 @@ from .images import ImageError
 from .rows import BadRow, Cell, ImageRef, file_stamp
 
 # Bytes that a table keeps of what it has read.
-KEPT_BYTES = 256 * 2**20
+KEPT_BYTES = 128 * 2**20
 V = TypeVar("V")
 
 
@@ -24,6 +24,8 @@ class Table(ABC):
     ``columns`` are the names that are known from the start; ``total`` is the number of rows, None where only reading to
     the end tells; ``bad`` lists what is no row at all.
     """
+
+    together = 256  # rows that may be asked for at once without reading anything twice
 
     def __init__(self, format: str, label: str, base: Path, columns: Sequence[str], total: int | None) -> None:
         self.format, self.label, self.base = format, label, base

@@ -193,6 +193,17 @@ def test_imagereward_has_gradients(scorer: ImageReward) -> None:
     assert torch.allclose((ahead - behind) / 2e-3, (live.grad * direction).flatten(1).sum(1), rtol=0.05, atol=5e-3)
 
 
+def test_towers_in_bf16_end_in_fp32(
+    scorer: ImageReward, pictures: list[Image.Image], state: State, tmp_path: Path
+) -> None:
+    half = load_scorer("imagereward", str(write_reward(tmp_path, state)), device="cpu", dtype="bf16")
+    scores = half(pictures, PROMPTS)
+    assert scores.dtype == torch.float32 and half.fingerprint["dtype"] == "bf16"
+    assert torch.allclose(scores, scorer(pictures, PROMPTS), atol=0.1) and not torch.equal(
+        scores, scores.bfloat16().float()
+    )
+
+
 def test_imagereward_refuses_other_files(state: State, tmp_path: Path) -> None:
     short = {k: v for k, v in state.items() if "crossattention.self.key" not in k}
     spare = {**state, "blip.itm_head.weight": torch.zeros(2, 2)}
@@ -269,3 +280,5 @@ def test_aesthetic_heads_by_name(clip: Path, tmp_path: Path, pictures: list[Imag
         assert "\n" not in str(found.value)
     with pytest.raises(UserError, match="needs the file of its head"):
         load_scorer("aes_v1")
+    with pytest.raises(UserError, match="@CLIP_FOLDER"):
+        load_scorer("aes_v2", str(tmp_path / "v2.pth"))

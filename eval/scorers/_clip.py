@@ -18,6 +18,7 @@ from ...errors import UserError
 from ..preprocess import CLIP_MEAN, CLIP_STD, P1, Pixels
 from . import About, list_scorers
 from ._base import (
+    ASSET,
     CODE_VERSION,
     Scored,
     Scorer,
@@ -192,7 +193,8 @@ class ClipScorer(Scorer):
         towers = load_towers(source, about.name, expected, expected[3] if expected else cls.activation)
         scorer = cls(towers, where, torch_dtype, about.name)
         scorer.path = str(source)
-        scorer.weights_note = check_known(towers.files, about.name)
+        own = scorer.path.startswith(ASSET)
+        scorer.weights_note = "the project's own" if own else check_known(towers.files, about.name)
         scorer.fingerprint = {
             "scorer": cls._module(),
             "formula": scorer.formula,

@@ -68,7 +68,7 @@ class Aesthetic(Scorer):
         scorer = cls()
         scorer.name, scorer.path, scorer.weights_note = about.name, str(given), check_known([file], about.name)
         weight, bias = _affine(read_state(file, about.name), file, about.name)
-        scorer.towers = Clip.from_pretrained(clip or CLIP_L14, device, dtype, "clip" if clip else "clip_l14")
+        scorer.towers = _towers(clip, head, device, dtype, about.name)
         width = int(scorer.towers.model.config.projection_dim)
         if len(weight) != width:
             raise UserError(
@@ -108,6 +108,17 @@ class Aesthetic(Scorer):
         texts_for(len(images), prompts)
         pixels = self.pixels.tensor(images.to(self.towers.device))
         return self.value(self.towers.embed_pixels(pixels)).to(images.device)
+
+
+def _towers(clip: str, head: str, device: str, dtype: str, name: str) -> ClipScorer:
+    if clip:
+        return Clip.from_pretrained(clip, device, dtype, "clip")
+    try:
+        return Clip.from_pretrained(CLIP_L14, device, dtype, "clip_l14")
+    except UserError as error:
+        raise UserError(
+            f"scorer '{name}' reads the embeddings of {CLIP_L14}, which is not to be had; say {name}={head}@CLIP_FOLDER"
+        ) from error
 
 
 def _affine(state: dict[str, torch.Tensor], file: Path, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -114,7 +114,7 @@ class ImageReward(Scorer):
         dtype_name, torch_dtype = resolve_dtype(dtype, where)
         beside = file.parent
         config = beside / "med_config.json"
-        words = next((beside for n in TOKENIZER_FILES if (beside / n).is_file()), None) or from_hub(TOKENIZER, "", name)
+        words = next((beside for n in TOKENIZER_FILES if (beside / n).is_file()), None) or _hub_words(name, file)
         scorer = cls(
             read_state(file, name),
             json.loads(config.read_text()) if config.is_file() else {},
@@ -167,6 +167,16 @@ class ImageReward(Scorer):
             return []
         ids = self.tokenizer(list(prompts), truncation=False, verbose=False).input_ids
         return [len(one) > self.max_tokens for one in ids]
+
+
+def _hub_words(name: str, file: Path) -> Path:
+    try:
+        return from_hub(TOKENIZER, "", name)
+    except UserError as error:
+        raise UserError(
+            f"scorer '{name}' needs the tokenizer {TOKENIZER}, which is not to be had; put its vocab.txt beside "
+            f"{file.name}"
+        ) from error
 
 
 def split_state(state: State, source: str, name: str) -> tuple[State, State]:

@@ -262,7 +262,7 @@ class Session:
             return self.finish()
         except torch.OutOfMemoryError as error:
             raise RunError(
-                "the GPU is out of memory; lower train.micro_batch (the result stays the same), set "
+                "the GPU is out of memory; take your card's --preset, lower train.micro_batch (the result stays), set "
                 "model.gradient_checkpointing=true, or lower data.resolution, model.lora.rank or validate.images; "
                 + self.go_on()
             ) from error
@@ -408,7 +408,8 @@ def train(
         return session.run()
     except torch.OutOfMemoryError as error:
         raise RunError(
-            "the GPU is out of memory before training; lower data.encode_batch, data.resolution or model.dtype"
+            "the GPU is out of memory before training; take your card's --preset, set "
+            "model.offload=true, or lower data.encode_batch or data.resolution"
         ) from error
     finally:
         torch.set_float32_matmul_precision(precision)

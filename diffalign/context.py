@@ -47,10 +47,13 @@ class Context:
     stats: dict[str, Tensor] = field(default_factory=dict)
 
     def casting(self) -> AbstractContextManager[object]:
-        """Autocast as the run's precision asks."""
+        """Autocast as the run's precision asks.
+
+        Casts are not kept for the length of a call: no weight is used twice in one, and kept they would be a second
+        network in half precision beside checkpointed blocks."""
         if self.autocast is None:
             return nullcontext()
-        return torch.autocast(self.device.type, self.autocast)
+        return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
 
     def model(self, role: str, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0) -> Tensor:
         """The network's own prediction (B, C, h, w) in fp32.

@@ -120,8 +120,7 @@ class _Hold(torch.autograd.Function):
 
 
 class CudaLike(TorchFunctionMode):
-    """Autocast by CUDA's rules (matrix products and convolutions in ``dtype``, norms in fp32, casts of trained weights
-    kept until the mode ends) and fused attention.
+    """Autocast by CUDA's rules (matrix products and convolutions in ``dtype``, norms in fp32) and fused attention.
 
     ``norms`` False leaves norms in the format of their input, as the CPU's autocast does; ``holds`` makes frozen linear
     layers keep their input, as bitsandbytes' 8-bit layers do."""
@@ -132,16 +131,9 @@ class CudaLike(TorchFunctionMode):
     def __init__(self, dtype: torch.dtype | None, norms: bool = True, holds: bool = False) -> None:
         super().__init__()
         self.dtype, self.norms, self.holds = dtype, norms, holds
-        self._casts: dict[int, Tensor] = {}
 
     def _cast(self, value: Any, dtype: torch.dtype) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == dtype:
-            return value
-        if not (value.is_leaf and value.requires_grad):
-            return value.to(dtype)
-        if id(value) not in self._casts:
-            self._casts[id(value)] = value.to(dtype)
-        return self._casts[id(value)]
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

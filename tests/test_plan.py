@@ -256,3 +256,28 @@ def test_a_card_is_left_out_only_where_nothing_fits(family: str) -> None:
     """The leanest setting of full fine-tuning exceeds the next smaller card."""
     least = min(COPIES[{"sd1": "sd"}.get(family, family)])
     assert memory_under(family, least, "copies").peak > ROOM * CARDS[CARDS.index(least) - 1] * GIB
+
+
+def test_half_precision_is_seen_as_autocast_has_it() -> None:
+    """The processor's own autocast, whose norms follow their input, over fp32 weights that are trained."""
+    method, rows, (_, side, width) = make_method("sft", {}), 8, UNETS["tiny"]
+    roles = roles_of("tiny", True, True, False, "cpu")
+    roles.train_only(("student",))
+    data = Rows(rows, kind="image")
+    data.embeds, data.chosen = torch.randn(rows, 77, width), torch.randn(rows, 4, side, side)
+    batch, ctx = data.batch(range(rows), [0] * rows), make_context(roles, autocast=torch.bfloat16)
+    ctx.draw(batch)
+    for parameter in roles.parameters("student"):
+        parameter.grad = torch.zeros_like(parameter)
+    own = roles.parameters("student")
+    live = Live([*own, *(p.grad for p in own if p.grad is not None)])
+    with live:
+        loss = method.loss(ctx, batch, method.phases[0])
+        total = (loss.values * loss.weights).sum()
+        held = live.now
+        total.backward()
+    shapes, phase = Shapes((4, side, side), 77, width), method.phases[0]
+    roles = roles_of("tiny", True, True, False, "meta")
+    denoiser = Denoiser.from_config(SD_SCHEDULE)
+    used = simulate_phase(method, roles, phase, shapes, rows, denoiser, torch.bfloat16, norms=False)
+    assert used.held == pytest.approx(held, rel=0.1) and used.peak == pytest.approx(live.peak, rel=0.1)

@@ -264,7 +264,7 @@ FREE = (
     "validate",
     *(f"train.{key}" for key in ("steps", "micro_batch", "device", "parallel", "log_every", "save_every", "keep")),
     *(f"train.{key}" for key in ("max_nonfinite", "guards")),
-    *(f"data.{key}" for key in ("cache_dir", "encode_batch")),
+    *(f"data.{key}" for key in ("cache_dir", "encode_batch", "streaming")),
     *(f"model.{key}" for key in ("attention", "compile", "gradient_checkpointing", "offload")),
 )
 BOUND = ("validate.pairs",)  # decides which rows are trained on

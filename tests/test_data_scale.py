@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from small import picture
+from small import final_state, lora_of, picture, same_tree, settings
+from test_parallel import close, launch
 from world import gap, make_trainer, warm, weights
 
 from diffalign import keyed
@@ -403,6 +404,30 @@ def test_ranks_share_mixed_batches_and_resume_is_exact() -> None:
     second = make_trainer(make_method("dpo", {}), **options)  # type: ignore[arg-type]
     second.load(first.state())
     assert all(map(torch.equal, weights(straight), weights(warm(second, 3))))
+
+
+@pytest.mark.slow
+def test_two_processes_and_a_resumed_run_train_on_buckets_as_one(
+    shapes: Path, tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    """Whole runs over seven shapes: in one go, stopped in the middle, and on two processes."""
+    from diffalign.run import train
+
+    changes = {"data__buckets": "true", "train__batch": 5, "train__micro_batch": 2, "train__steps": 4}
+    changes |= {"method__beta": 50, "train__eps": 1e-3, "validate__pairs": 3, "train__device": "cpu"}
+
+    def recipe_of(name: str, **more: Any) -> list[str]:
+        return settings(tiny_model_folder, shapes, tmp_path / name, **{**changes, **more})
+
+    for name, steps in (("alone", 4), ("resumed", 2), ("resumed", 4)):
+        recipe, *overrides = recipe_of(name, train__steps=steps)
+        train(load_recipe(recipe, overrides), progress=False)
+    alone = final_state(tmp_path / "alone")
+    assert same_tree(alone["roles"], final_state(tmp_path / "resumed")["roles"])
+    assert same_tree(alone["optimizers"], final_state(tmp_path / "resumed")["optimizers"])
+    done = launch("-m", "diffalign", "train", *recipe_of("together"))
+    assert done.status == 0, done.err
+    assert close(lora_of(tmp_path / "alone"), lora_of(tmp_path / "together")) < 1e-5
 
 
 def test_prepared_columns_are_computed_bucket_by_bucket(shapes: Path, model: Model, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from ..recipe import DataRecipe
-from .files import file_sha256, replacing, write_atomic
+from .files import file_sha256, make_folder, remove_leftovers, replacing, write_atomic
 from .images import ImageError
 from .readers import open_images, open_pairs, row_folder, table_of
 from .rows import FLAWS, BadRow, ImageRow, PairRow, Report, digest_of
@@ -111,6 +111,8 @@ class RowFile:
         pictures = self._pictures(rows)
         if pictures is None or (pictures and any(bad.reason in FLAWS for bad in report.bad)):
             return
+        make_folder(self.folder)
+        remove_leftovers(self.folder)
         with replacing(self.path) as file, pa.ipc.new_file(file, rows.schema) as writer:
             for batch in rows.batches():
                 writer.write_batch(batch)

@@ -215,7 +215,7 @@ class Packed(Sequence[R], Generic[R]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         batch, place = self.at(index)
-        return self._row(batch.slice(place, 1).to_pylist()[0])
+        return self._row({n: column[place].as_py() for n, column in zip(self.schema.names, batch.columns, strict=True)})
 
     def __iter__(self) -> Iterator[R]:
         for batch in self.batches():

@@ -28,7 +28,7 @@ from .common import Log, set_lr, start, to_signed, to_tensor
 from .train_unet import CAPTION_DROPOUT, EMA_DECAY, encode, new_scheduler
 
 STEPS, BATCH, LR, SEED, PICTURES = 1600, 32, 1e-3, 11, 20_000
-MIX = 0.3
+MIX = 0.5
 PLAIN_SHARE, WIDE_SHARE = 0.6, 0.2  # the rest are small originals
 MOST_WIDE, SMALLEST = 16, 12  # pixels beyond the square, side of the smallest original
 

@@ -18,7 +18,6 @@ from .roles import BASE, Roles
 from .simulate import META, Shapes, Usage, simulate_forward, simulate_phase
 from .trainer import plan_slots
 
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2.0, "adafactor": 0.0}  # a parameter; see `optimizer_bytes`
 CONTEXT = 600_000_000  # what CUDA and its libraries take of a card (assumed)
 SLACK = 0.1  # share of short-lived memory that the allocator loses in gaps (assumed)
 
@@ -54,7 +53,7 @@ def optimizer_bytes(name: str, parameters: Mapping[str, nn.Parameter]) -> int:
         small = sum(p.numel() for p in parameters.values() if p.numel() < 4096)
         large = sum(p.numel() for p in parameters.values()) - small
         return 8 * small + 2 * large + 2 * 4 * large // 256
-    return int(OPTIMIZER_BYTES[name] * sum(p.numel() for p in parameters.values()))
+    return 8 * sum(p.numel() for p in parameters.values())
 
 
 def held_parts(model: Model, roles: Roles, recipe: Recipe, dtype: torch.dtype, world: int) -> dict[str, int]:

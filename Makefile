@@ -2,7 +2,8 @@
 #   make demo       the whole story on the tiny models
 #   make test-8bit       quantised bases and the 8-bit optimiser, with bitsandbytes on the CPU, in .venv-8bit
 #   make test-openclip   the extras [openclip], [fid] and [lpips] against their packages, in .venv-openclip
-#   make test       the default tests          make test-slow   the long ones
+#   make test       the default tests          make test-slow   the long ones, all
+#   make test-faults  of these the fault campaign: 100 kills, full disks, damaged files, 10,000 mutated recipes
 #   make lint       ruff and mypy              make index       rewrite the list of methods
 #   make assets     train the tiny models again (about 90 minutes on 2 cores)
 # Variables: PYTHON (which interpreter makes .venv), PYTEST_ARGS, and TORCH_INDEX: the address of the index of CPU builds
@@ -68,6 +69,9 @@ test-8bit: $(EIGHT)/.installed
 
 test-openclip: $(EXTRAS)/.installed
 	@OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest tests/test_eval_openclip.py tests/test_eval_extras.py $(PYTEST_ARGS)
+
+test-faults: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -rA --durations=0 tests/test_faults*.py $(PYTEST_ARGS)
 
 demo: $(STAMP)
 	@$(BIN)/diffalign demo

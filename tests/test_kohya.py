@@ -20,7 +20,7 @@ from diffalign.families.targets import adaptable, lora_targets
 
 # (family, layers of the tree, parameters in millions as published: 0.86, 0.87 and 2.57 billion)
 REAL = [("sd1", 282, 859.5), ("sd2", 282, 865.9), ("sdxl", 794, 2567.5)]
-# A layer and, below it, its name as sd-scripts' files have it (from memory); diffusers' reader is the second witness.
+# A layer and, below it, its name as sd-scripts' files have it; diffusers' reader is the second witness.
 DIFFUSERS_NAMES = """
 down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q
   down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q

@@ -40,7 +40,7 @@ RESNET = {
 }
 BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
-# what sd-scripts writes for each family (its get_model_version_str_for_sd1_sd2 and sdxl_model_util, from memory)
+# ss_base_model_version as sd-scripts writes it for each family
 VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2", "sdxl": "sdxl_base_v1-0"}
 ARCHITECTURES = {  # library/sai_model_spec.py of sd-scripts
     "sd1": "stable-diffusion-v1",

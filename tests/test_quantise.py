@@ -21,7 +21,9 @@ from diffalign.errors import UserError
 from diffalign.families import load_model
 from diffalign.families.known import meta_network
 from diffalign.families.quantise import check_quantize, quantisable, weight_bytes
-from diffalign.recipe import ModelRecipe
+from diffalign.memory import optimizer_bytes
+from diffalign.optim import make_optimizer
+from diffalign.recipe import ModelRecipe, TrainRecipe
 
 needs_package = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs the extra 8bit: make test-8bit")
 MODES = ("8bit", "4bit")
@@ -138,6 +140,17 @@ def test_an_8_bit_optimiser_trains(tiny_model_folder: Path, place: Path) -> None
     done = diffalign("train", *settings(out=place / "adam8", **changes))
     assert done.status == 0, done.err
     assert all(torch.isfinite(t).all() for t in final_state(place / "adam8")["roles"]["student"].values())
+
+
+@needs_package
+def test_states_of_the_8_bit_optimiser_are_as_planned() -> None:
+    named = {"large": nn.Parameter(torch.randn(256, 256)), "small": nn.Parameter(torch.randn(320))}
+    optimizer = make_optimizer(TrainRecipe(optimizer="adamw8bit"), list(named.values()), "student")
+    for parameter in named.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    held = {id(t): t for s in optimizer.state.values() for n, t in s.items() if torch.is_tensor(t) and "qmap" not in n}
+    assert optimizer_bytes("adamw8bit", named) == pytest.approx(sum(t.nbytes for t in held.values()), rel=0.02)
 
 
 def test_adapters_and_states_stay_fp32_over_a_half_base(tiny_model_folder: Path, place: Path) -> None:

@@ -135,6 +135,35 @@ def test_tiny_sd_is_a_plain_pipeline_that_draws(oracle):
     assert 0.25 <= dark <= 0.75  # no caption speaks of the background: it must stay free
 
 
+def test_tiny_sdxl_is_a_plain_pipeline_that_draws_and_listens_to_sizes(oracle):
+    from diffusers import StableDiffusionXLPipeline
+
+    from diffalign.assets.quality import sharpness
+    from diffalign.assets.sampling import sample
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(ROOT / "tiny-sdxl")
+    pipe.set_progress_bar_config(disable=True)
+    parts = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
+    assert {next(m.parameters()).dtype for m in parts} == {torch.float32}
+    assert pipe.unet.config.addition_embed_type == "text_time" and pipe.tokenizer_2.pad_token_id == 0
+    size = sum(f.stat().st_size for f in (ROOT / "tiny-sdxl").rglob("*") if f.is_file())
+    assert size < 8e6
+    prompts, seeds = scenes.single_prompts(), range(24)
+    images = sample(pipe, prompts, seeds, steps=10)
+    assert oracle.judge(images, prompts)["all"].mean() >= 0.8
+    small = sample(pipe, prompts, seeds, steps=10, original_size=(14, 14), negative_original_size=(14, 14))
+    assert sharpness(small) < 0.99 * sharpness(images), "a small original is softer"  # seen: 0.970
+    states, pooled = torch.zeros(1, 24, 160), torch.zeros(1, 64)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        outputs = [
+            pipe.unet(x, 500, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": torch.tensor([ids])}).sample
+            for ids in ([32.0, 32, 0, 0, 32, 32], [32.0, 48, 0, 0, 32, 32], [32.0, 48, 0, 16, 32, 32])
+        ]
+    for i, j in ((0, 1), (1, 2)):
+        assert (outputs[i] - outputs[j]).square().mean() > 1e-4 * outputs[i].square().mean()
+
+
 def _gaps(name: str, asked: list[str], good: np.ndarray, bad: np.ndarray) -> np.ndarray:
     """Score differences by plain transformers, from the shipped files alone."""
     from transformers import CLIPModel, CLIPProcessor

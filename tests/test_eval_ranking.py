@@ -1,4 +1,4 @@
-"""On the tiny world the scorers rank models as the oracle does. Slow: samples eight models."""
+"""On the tiny world the scorers rank models as the oracle does. Slow: samples seven models."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from diffalign.assets.scenes import heldout_prompts, training_prompts
 from diffalign.eval.scorers import load_scorer
 
 ASSETS = Path(str(resources.files("diffalign.assets")))
-# (share of noise on the U-Net's weights, guidance, steps): models from good to useless
-MODELS = [(0, 3, 20), (0, 6, 20), (0, 1, 20), (0, 3, 4), (0.04, 3, 20), (0.08, 3, 20), (0.12, 3, 20), (0.2, 3, 20)]
-PROMPTS = 64
+# (noise on the U-Net's weights as a share of each tensor's spread, guidance, steps): models from good to useless
+MODELS = [(0.0, 3, 8), (0.0, 1, 8), (0.0, 3, 2), (0.4, 3, 8), (0.6, 3, 8), (0.8, 3, 8), (1.0, 3, 8)]
+PROMPTS = 40
 
 
 def measure() -> dict[str, np.ndarray]:
     """Scores (models, prompts) of each scorer, same prompts and seeds for every model."""
-    asked = (heldout_prompts()[::2] + training_prompts()[24::7])[:PROMPTS]
+    asked = (heldout_prompts()[::4] + training_prompts()[24::12])[:PROMPTS]
     judges = {name: load_scorer(name, device="cpu") for name in ("oracle", "tiny-pickscore", "tiny-hps", "tiny-clip")}
     found: dict[str, list[np.ndarray]] = {name: [] for name in judges}
     for noise, guidance, steps in MODELS:
@@ -60,12 +60,11 @@ def agreement(scores: dict[str, np.ndarray], name: str) -> dict[str, float]:
 def test_scorers_rank_models_as_the_oracle_does() -> None:
     scores = measure()
     spread = scores["oracle"].mean(1)
-    assert spread.max() - spread.min() > 0.3
+    assert spread.max() - spread.min() > 0.5
     found = {name: agreement(scores, name) for name in scores if name != "oracle"}
-    for name in ("tiny-pickscore", "tiny-hps"):
-        assert found[name]["pearson"] > 0.9 and found[name]["spearman"] > 0.8, found
-        assert found[name]["pictures"] > 0.85, found
-    assert found["tiny-clip"]["pictures"] > 0.6, found  # blind to order
+    # seen: Spearman 0.99, 0.96 and 0.96, Pearson 0.86 to 0.88 (the oracle ends at 0, scores go on), pictures 0.97
+    for name, values in found.items():
+        assert values["spearman"] > 0.85 and values["pearson"] > 0.75 and values["pictures"] > 0.9, (name, values)
 
 
 if __name__ == "__main__":

@@ -94,6 +94,8 @@ def test_text_cache_changes_nothing_and_encodes_once(folder: Path, pictures: lis
     cached.plan_texts(PROMPTS)
     first = cached(pictures, PROMPTS)
     again = cached(pictures * 3, PROMPTS * 3)
+    unit = cached.embed_images([cached.prepare(p) for p in pictures])
+    assert torch.allclose(cached.scale * (unit * cached.embed_texts(PROMPTS)).sum(1), first, atol=1e-4)
     assert cached.texts_encoded == len(PROMPTS)
     singles = torch.cat([fresh(p, t) for p, t in zip(pictures, PROMPTS, strict=True)])
     assert torch.equal(again[:5], again[5:10]) and torch.allclose(first, singles, atol=1e-4)

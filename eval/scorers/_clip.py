@@ -244,6 +244,11 @@ class ClipScorer(Scorer):
         embedded = self.embed_pixels(self.pixels.tensor(images.to(self.device)))
         return self.value((embedded * self.embed_texts(texts)).sum(1)).to(images.device)
 
+    @torch.no_grad()
+    def embed_images(self, prepared: Sequence[np.ndarray]) -> torch.Tensor:
+        """Prepared pictures -> unit image embeddings, fp32 (N, D) on the CPU: for diversity and other set metrics."""
+        return self.embed_pixels(self.pixels.normalise(np.stack(list(prepared))).to(self.device)).cpu()
+
     def embed_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Normalised pixels (N, 3, S, S) -> unit image embeddings, fp32 (N, D). Differentiable."""
         return unit(projected(self.model.get_image_features(pixel_values=pixels.to(self.dtype))))

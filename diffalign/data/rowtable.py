@@ -184,6 +184,7 @@ class Packed(Sequence[R], Generic[R]):
             if os.name == "posix":  # elsewhere a mapped file cannot be deleted: the next start removes it
                 os.unlink(name)
         self._mapped, self._memory = len(self._batches), 0
+        pa.default_memory_pool().release_unused()
 
     # -- reading ------------------------------------------------------------------------------------------------------
 

@@ -93,7 +93,7 @@ class DataReport:
         if self.index:
             console.print(
                 f"{int(self.index['rows']):,} rows alone: {self.index['bytes_per_row']:.0f} bytes a row in memory, "
-                f"{self.index['file_bytes_per_row']:.0f} in mapped files, {self.index['read_us']:.0f} us of CPU to read one"
+                f"{self.index['file_bytes_per_row']:.0f} in mapped files, {self.index['read_us']:.0f} CPU us a read"
             )
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import signal
-import subprocess
 import time
 import zipfile
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from command import Child, Result, diffalign, start
+from faults import small_disk
 from small import curve, final_state, log_of, lora_of, same_tree, settings, write_pairs
 
 from diffalign.checkpoint import checkpoint_dirs, load_checkpoint
@@ -64,66 +63,6 @@ def checkpoints(out: Path) -> list[int]:
     for path in found:
         load_checkpoint(path)
     return [int(path.name.removeprefix("step-")) for path in found]
-
-
-def kill_and_resume(args: list[str], out: Path, times: Iterator[float], kills: int) -> list[int]:
-    """Kill the command at random times, start it again each time, then let it end. Returns the newest checkpoint that
-    each kill left (0 for none)."""
-    left = []
-    while len(left) < kills:
-        shutil.rmtree(out / "model", ignore_errors=True)
-        child = start(*args)
-        time.sleep(next(times))
-        if not child.running():
-            assert child.wait().status == 0
-            shutil.rmtree(out)  # it was faster than the kill: from the start again
-            continue
-        child.send(signal.SIGKILL)
-        assert child.wait().status == -signal.SIGKILL
-        left.append(max(checkpoints(out), default=0))
-    done = diffalign(*args)
-    assert done.status == 0, done.err
-    return left
-
-
-def delays(rng: random.Random, low: float, high: float, scale: float) -> Iterator[float]:
-    """Random times, endless."""
-    while True:
-        yield rng.uniform(low, high) * scale
-
-
-def run_time(args: list[str], out: Path) -> float:
-    """Seconds from start to end of a run on this machine as it is now."""
-    began = time.monotonic()
-    assert diffalign(*args).status == 0
-    shutil.rmtree(out)
-    return time.monotonic() - began
-
-
-def test_a_killed_run_ends_bit_equal(straight: Path, options: dict[str, object], place: Path) -> None:
-    """A checkpoint every step: most of the time is spent in saves, and so most kills fall into one."""
-    out, rng = place / "killed", random.Random(1)
-    args = arguments(options, out, train__save_every=1)
-    whole = run_time(args, out)
-    left = kill_and_resume(args, out, delays(rng, 0.25, 0.9, whole), 3)
-    assert max(left) > 0, f"no kill came after a checkpoint: {left}"
-    assert_same_end(straight, out)
-
-
-@pytest.mark.slow
-def test_twenty_kills(straight: Path, options: dict[str, object], place: Path) -> None:
-    """20 tries: each kills a fresh run once at a random time, resumes it, and compares everything."""
-    rng, report = random.Random(2), []
-    for number in range(20):
-        out = place / f"try-{number}"
-        args = arguments(options, out, train__save_every=1)
-        if not number:
-            whole = run_time(args, out)
-        report += kill_and_resume(args, out, delays(rng, 0.3, 1.0, whole), 1)
-        assert_same_end(straight, out)
-        shutil.rmtree(out)
-    print(f"a run takes {whole:.1f} s; the kills left these checkpoints: {report}")
-    assert len(set(report)) > 5
 
 
 # Ends the process without a word at the k-th call that the save makes to the system.
@@ -320,28 +259,21 @@ def test_a_file_that_cannot_grow_keeps_the_last_checkpoint(
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", str(disk)]
-    try:
-        mounted = subprocess.run(command, capture_output=True).returncode == 0
-    except OSError:
-        mounted = False
-    if not mounted:
-        pytest.skip("no right to mount a small file system here; the test with a limit on files covers the save")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    with small_disk(tmp_path / "disk", "1200k") as found:
+        if found is None:
+            pytest.skip("no right to mount a small file system here; the test with a limit on files covers the save")
+        yield found
 
 
-def test_a_full_disk_at_any_moment(small_disk: Path, straight: Path, options: dict[str, object]) -> None:
+def test_a_full_disk_at_any_moment(disk: Path, straight: Path, options: dict[str, object]) -> None:
     """Less and less room: the run stops in one line, wherever it was, and goes on when there is room again."""
-    out, filler = small_disk / "run", small_disk / "filler"
+    out, filler = disk / "run", disk / "filler"
     places = set()
     for room in (20, 120, 260, 420, 700):
         filler.unlink(missing_ok=True)
-        free = shutil.disk_usage(small_disk).free
+        free = shutil.disk_usage(disk).free
         filler.write_bytes(b"0" * max(0, free - room * 1024))
         done = diffalign(*arguments(options, out), "--quiet")
         if done.status == 0:

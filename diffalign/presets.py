@@ -56,6 +56,7 @@ ADAPTERS: dict[str, dict[int, Setting]] = {
 # full fine-tuning: the smaller cards are left out where not even one pair fits
 COPIES: dict[str, dict[int, Setting]] = {
     "sd": {
+        12: Setting(1, offload=True, optimizer="adamw8bit"),
         16: Setting(1, offload=True, optimizer="adamw8bit"),
         24: Setting(4),
         48: Setting(16),

@@ -28,8 +28,11 @@ def check_reference(recipe: Recipe, method: Method[Any]) -> PairMethod[Any]:
     key = f"data.reference_errors={recipe.data.reference_errors}"
     if not isinstance(method, PairMethod) or not method.needs.reference:
         raise UserError(f"{key}: method '{recipe.method.name}' compares no pair with the base; set it to null")
-    if type(method).noise is not PairMethod.noise:
-        raise UserError(f"{key}: method '{recipe.method.name}' makes its own noisy inputs; set it to null")
+    own = [
+        hook for hook in ("noise", "errors", "measure") if getattr(type(method), hook) is not getattr(PairMethod, hook)
+    ]
+    if own:
+        raise UserError(f"{key}: method '{recipe.method.name}' has its own way to the base's errors; set it to null")
     return method
 
 

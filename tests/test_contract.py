@@ -15,6 +15,7 @@ from diffalign.methods.pair import PairMethod
 
 METHODS = every_method()
 NAMES = [type(m).__name__ for m in METHODS]
+WITHOUT_DRAWS = {"InversionDPO"}
 PAIRS = [m for m in METHODS if isinstance(m, PairMethod)]
 
 
@@ -86,7 +87,8 @@ def test_seed_changes_the_trajectory(method: Method[Any]) -> None:
     one = warm(make_trainer(method), 2)
     other = make_trainer(method)
     other.ctx.seed = 1
-    assert gap(weights(one), weights(warm(other, 2))) > 1e-4
+    moved = gap(weights(one), weights(warm(other, 2)))
+    assert moved == 0 if type(method).__name__ in WITHOUT_DRAWS else moved > 1e-4
 
 
 def test_rows_of_weight_zero_change_nothing(method: Method[Any]) -> None:

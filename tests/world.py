@@ -36,6 +36,8 @@ class Rows:
         self.chosen = keyed.normal((n, 4, 8, 8), seed, "chosen")
         self.rejected = keyed.normal((n, 4, 8, 8), seed, "rejected")
         self.embeds = keyed.normal((n, TOKENS, WIDTH), seed, "text")
+        scores = keyed.normal((2, n), seed, "scores")
+        self.columns = {"chosen_score": scores.amax(0) + 1, "rejected_score": scores.amin(0) - 1}
 
     def batch(self, indices: Sequence[int], visits: Sequence[int], seed: int = 0) -> Batch:
         rows = list(indices)
@@ -46,7 +48,7 @@ class Rows:
             if self.kind == "pair"
             else {"image": self.chosen[rows]},
             {"prompt": Cond(self.embeds[rows])},
-            {},
+            {name: column[rows] for name, column in self.columns.items()},
             torch.ones(len(rows)),
         )
 
@@ -156,6 +158,12 @@ def every_method() -> list[Method[Any]]:
     from diffalign.methods import method_modules
 
     # beta 5000 turns the rounding of errors near 1 into 1e-3 of a logit; the contract is about everything else
-    moderate = {"dpo": {"beta": 100.0}}
+    moderate = {
+        "dpo": {"beta": 100.0},
+        "dspo": {"beta": 1.0},  # at the authors' 0.001 the logit is rounding
+        "inpo": {"beta": 100.0, "eta": 0.0, "inversion_steps": 3},  # winner's and loser's eta noise differ
+        "smpo": {"beta": 20.0, "inversion_steps": 3, "score_range": (-4.0, 4.0)},
+        "inversion_dpo": {"beta": 100.0, "inversion_steps": 3},
+    }
     found = [make_method(name, moderate.get(name, {})) for name in method_modules()]
     return [method for method in found if method.needs.batch in ("pair", "image")] + [TwoRole(TwoRoleConfig())]

@@ -100,9 +100,16 @@ class Method(Generic[C]):
         """How often ``phase`` runs in one step."""
         return int(getattr(self.config, phase.repeats)) if isinstance(phase.repeats, str) else phase.repeats
 
+    def notes(self) -> list[str]:
+        """What a run should say at its start about these settings, a line each."""
+        return []
+
     def build(self, family: Model) -> dict[str, nn.Module]:
         """Trained roles that are not adapters of the U-Net: heads, soft tokens, user embeddings."""
         return {}
+
+    def fit(self, columns: Mapping[str, Tensor]) -> None:
+        """Once before training: the columns (N,) of all training rows, for settings that follow the data."""
 
     def statistics(self, ctx: Context, batch: Batch) -> Stats:
         """Sums over the batch that the trainer reduces over micro-batches and processes before ``loss`` is called

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import torch
@@ -48,12 +49,13 @@ class Noised:
 
 @dataclass
 class PairErrors:
-    """Per-sample errors (B,) in fp32; the base's are None for methods without a reference."""
+    """Per-sample errors (B,) in fp32; the base's are None where there is no reference. ``columns``: the batch's."""
 
     chosen: Tensor
     rejected: Tensor
     base_chosen: Tensor | None
     base_rejected: Tensor | None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
 
     def delta(self) -> Tensor:
         """(m_w - m_l) - (r_w - r_l), or m_w - m_l without a reference."""
@@ -89,9 +91,12 @@ class PairMethod(Method[P], Generic[P]):
         t, noise = ctx.draw(batch)
         x0 = torch.cat([batch.latents["chosen"], batch.latents["rejected"]])
         t, noise = t.repeat(2), noise.repeat(2, 1, 1, 1)
-        cond = Cond.cat([batch.condition("chosen"), batch.condition("rejected")])
         denoiser = ctx.denoiser
-        return Noised(denoiser.add_noise(x0, noise, t), t, denoiser.target(x0, noise, t), cond)
+        return Noised(denoiser.add_noise(x0, noise, t), t, denoiser.target(x0, noise, t), self.pair_cond(batch))
+
+    def pair_cond(self, batch: Batch) -> Cond:
+        """Conditioning of the stacked pair (2B): each picture's own sizes, and the loser's own prompt if it has one."""
+        return Cond.cat([batch.condition("chosen"), batch.condition("rejected")])
 
     def weight(self, ctx: Context, batch: Batch) -> Tensor:
         """Weight of each pair (B,)."""
@@ -106,18 +111,28 @@ class PairMethod(Method[P], Generic[P]):
         noise."""
         return ctx.denoiser.eps_error_scale(t) if self.config.error_space == "epsilon" else 1.0
 
+    def residual(self, ctx: Context, role: str, noised: Noised) -> Tensor:
+        """Prediction minus target (2B, C, h, w) of a role, in fp32."""
+        return ctx.model(role, noised.x_t, noised.t, noised.cond) - noised.target.float()
+
     def errors(self, ctx: Context, noised: Noised) -> PairErrors:
         """Student's (with gradient) and base's errors, measured where ``error_space`` says."""
-        scale = self.scale(ctx, noised.t)
-        residual = ctx.model("student", noised.x_t, noised.t, noised.cond) - noised.target.float()
-        chosen, rejected = (residual.square().mean((1, 2, 3)) * scale).chunk(2)
+        student = self.residual(ctx, "student", noised)
+        if not self.needs.reference:
+            return self.compare(ctx, noised.t, student, None)
+        base = self.base_errors(ctx, noised) if noised.base is None else noised.base
+        return self.compare(ctx, noised.t, student, base)
+
+    def compare(self, ctx: Context, t: Tensor, student: Tensor, base: Tensor | None) -> PairErrors:
+        """Errors from the student's residual (2B, C, h, w) and the base's errors (2B,) at times t (2B,)."""
+        scale = self.scale(ctx, t)
+        chosen, rejected = (student.square().mean((1, 2, 3)) * scale).chunk(2)
         if self.config.safeguard is not None:
-            winner, loser = residual.chunk(2)
+            winner, loser = student.chunk(2)
             factor = loser_scale(winner, loser, self.config.safeguard, self.config.safeguard_scope)
             rejected = factor * rejected + (1 - factor) * rejected.detach()
-        if not self.needs.reference:
+        if base is None:
             return PairErrors(chosen, rejected, None, None)
-        base = self.base_errors(ctx, noised) if noised.base is None else noised.base
         return PairErrors(chosen, rejected, *(base * scale).chunk(2))
 
     def base_errors(self, ctx: Context, noised: Noised) -> Tensor:
@@ -125,12 +140,16 @@ class PairMethod(Method[P], Generic[P]):
         with torch.no_grad():
             return ctx.error("base", noised.x_t, noised.t, noised.cond, noised.target)
 
-    def loss(self, ctx: Context, batch: Batch, phase: Phase) -> Loss:
-        """Values and curves of one micro-batch."""
+    def measure(self, ctx: Context, batch: Batch) -> PairErrors:
+        """The errors of a batch at its noisy latents; the base's from the cache where they are."""
         noised = self.noise(ctx, batch)
         if "base_chosen" in batch.columns:
             noised.base = torch.cat([batch.columns["base_chosen"], batch.columns["base_rejected"]])
-        errors = self.errors(ctx, noised)
+        return self.errors(ctx, noised)
+
+    def loss(self, ctx: Context, batch: Batch, phase: Phase) -> Loss:
+        """Values and curves of one micro-batch."""
+        errors = replace(self.measure(ctx, batch), columns=batch.columns)
         values, logits = self.objective(errors)
         logits = logits.detach()
         metrics = {

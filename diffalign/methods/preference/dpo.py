@@ -18,7 +18,7 @@ def dpo_loss(
     rejected: Tensor,
     base_chosen: Tensor,
     base_rejected: Tensor,
-    beta: float,
+    beta: float | Tensor,
     loss: Literal["sigmoid", "ipo", "hinge"] = "sigmoid",
     label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
@@ -146,6 +147,23 @@ def count_long_prompts(rows: PairRows | ImageRows, model: Model) -> tuple[int, i
     return cut, distinct
 
 
+def fit_columns(method: Method[Any], name: str, rows: PairRows | ImageRows, training: np.ndarray) -> None:
+    """Shows a method the columns that it needs, those of the training rows.
+
+    Raises UserError when a row has no value in one of them."""
+    columns = {}
+    for column in method.needs.columns:
+        values = rows.values(column) if column in rows.numbers else np.full(len(rows), np.nan)
+        absent = int(np.isnan(values).sum())
+        if absent:
+            raise UserError(
+                f"method '{name}' needs {' and '.join(method.needs.columns)} in every row; {absent} of {len(rows)} "
+                f"rows have no {column}: add the scores to the data, such as those of `diffalign score`"
+            )
+        columns[column] = torch.from_numpy(values[training])
+    method.fit(columns)
+
+
 def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, int], None] | None = None) -> Parts:
     """Everything a run needs, with the cache filled and the encoders off the device.
 
@@ -153,6 +171,8 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     accelerator, device = start_processes(recipe.train.device)
     set_determinism(recipe.train)
     method = make_method_of(recipe)
+    for note in method.notes():
+        say(f"note: {note}")
     for role in recipe.train.role_lr:
         if role not in method.roles:
             raise UserError(
@@ -193,6 +213,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     if recipe.train.parallel == "ddp":
         model.place_unet()
     training, held = split_heldout(cache.ids, recipe.validate_.pairs, recipe.train.seed)
+    fit_columns(method, recipe.method.name, cache.rows, training)
     period = recipe.data.reference_errors
     source = Source(cache, training, recipe.train.seed, uncond, recipe.data.caption_dropout, period)
     heldout = Source(cache, held, recipe.train.seed, uncond) if held else None

@@ -7,6 +7,7 @@ pages as they are read and drops them when memory is short.
 from __future__ import annotations
 
 import bisect
+import math
 import operator
 import os
 import tempfile
@@ -278,6 +279,11 @@ class Packed(Sequence[R], Generic[R]):
             both = [batch.column(f"{side}_{name}").fill_null(0).to_numpy() for name in ("width", "height")]
             parts.append(np.stack(both, 1))
         return np.concatenate(parts)
+
+    def values(self, name: str) -> np.ndarray:
+        """(n,) fp64: one of the numbers, NaN where a row has none."""
+        parts = [batch.column(name).fill_null(math.nan).to_numpy() for batch in self.batches()]
+        return np.concatenate([np.zeros(0), *parts])
 
     def distinct_prompts(self) -> Iterator[list[str]]:
         """Every prompt once, some thousands at a time."""

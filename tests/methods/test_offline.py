@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from small import settings, write_pairs
 from torch import Tensor
 from world import batch_of, make_context, make_roles, make_trainer, warm
 
+from diffalign import load_recipe, train
 from diffalign.data.batch import Batch
 from diffalign.denoiser import reached
 from diffalign.errors import UserError
@@ -378,3 +382,28 @@ def test_orpo_log_odds() -> None:
 def test_the_released_sign_comes_with_a_warning() -> None:
     assert make_method("orpo", {}).notes() == []
     assert "loser's error" in make_method("orpo", {"margin": "released"}).notes()[0]
+
+
+# ---- from the command line's side -----------------------------------------------------------------------------------
+
+
+def _split(given: list[str]) -> tuple[str, list[str]]:
+    return given[0], given[1:]
+
+
+def test_smpo_trains_on_scores_and_refuses_rows_without(tiny_model_folder: Path, tmp_path: Path) -> None:
+    for scored in (True, False):
+        data = write_pairs(tmp_path / f"pairs{scored}")
+        table = data / "metadata.jsonl"
+        rows = [json.loads(line) for line in table.read_text().splitlines()]
+        for number, row in enumerate(rows):
+            if scored or number:  # one row without
+                row |= {"chosen_score": 2.0 + number, "rejected_score": 1.0}
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        changes = {"method.name": "smpo", "method.score_range": "fit", "method.inversion_steps": 2, "train.steps": 2}
+        recipe = load_recipe(*_split(settings(tiny_model_folder, data, tmp_path / f"run{scored}", **changes)))
+        if scored:
+            assert train(recipe, progress=False).step == 2
+        else:
+            with pytest.raises(UserError, match="needs chosen_score and rejected_score in every row; 1 of"):
+                train(recipe, progress=False)

@@ -174,15 +174,14 @@ class InversionPipeline(DiffusionPipeline):
 
     def _pixels(self, image: Images) -> Tensor:
         """(B, 3, H, W) in [-1, 1], fp32, on the device."""
-        pictures = list(image) if isinstance(image, Sequence) else image
+        pictures = [image] if isinstance(image, Image.Image) else image if isinstance(image, Tensor) else list(image)
         if isinstance(pictures, list):
             if not pictures:
                 raise UserError("no picture is given to be inverted")
             if len({picture.size for picture in pictures}) > 1:
                 raise UserError("pictures of one call must have the same size; give them in several calls")
-            sides = pictures[0].size
-        else:
-            sides = pictures.size if isinstance(pictures, Image.Image) else tuple(pictures.shape[-1:-3:-1])
+        first = pictures[0]
+        sides = first.size if isinstance(first, Image.Image) else (first.shape[-1], first.shape[-2])
         if any(side % self.factor for side in sides):
             raise UserError(
                 f"a picture of {sides[0]} x {sides[1]}: both sides must be multiples of {self.factor}; resize it"

@@ -33,9 +33,7 @@ def drawn() -> tuple[list[Image.Image], list[str]]:
 
 def test_the_fixed_point_comes_back(pipe: InversionPipeline, drawn: tuple[list[Image.Image], list[str]]) -> None:
     """Each ReNoise repetition brings the round trip closer; its fixed point is the exact inverse of sampling."""
-    errors = [
-        float(pipe(*drawn, num_inference_steps=10, renoise=k).latent_error.mean()) for k in (0, 3, 12)
-    ]
+    errors = [float(pipe(*drawn, num_inference_steps=10, renoise=k).latent_error.mean()) for k in (0, 3, 12)]
     assert errors[0] > 2 * errors[1] and errors[1] > 2 * errors[2]
     result = pipe(*drawn, num_inference_steps=10, renoise=12)
     assert torch.equal(result.latents, pipe.invert(*drawn, num_inference_steps=10, renoise=12))

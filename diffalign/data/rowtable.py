@@ -282,8 +282,8 @@ class Packed(Sequence[R], Generic[R]):
 
     def values(self, name: str) -> np.ndarray:
         """(n,) fp64: one of the numbers, NaN where a row has none."""
-        parts = [batch.column(name).fill_null(math.nan).to_numpy() for batch in self.batches()]
-        return np.concatenate([np.zeros(0), *parts])
+        given: list[np.ndarray] = [batch.column(name).fill_null(math.nan).to_numpy() for batch in self.batches()]
+        return np.concatenate([np.zeros(0), *given])
 
     def distinct_prompts(self) -> Iterator[list[str]]:
         """Every prompt once, some thousands at a time."""

@@ -133,7 +133,8 @@ class PairMethod(Method[P], Generic[P]):
             rejected = factor * rejected + (1 - factor) * rejected.detach()
         if base is None:
             return PairErrors(chosen, rejected, None, None)
-        return PairErrors(chosen, rejected, *(base * scale).chunk(2))
+        base_chosen, base_rejected = (base * scale).chunk(2)
+        return PairErrors(chosen, rejected, base_chosen, base_rejected)
 
     def base_errors(self, ctx: Context, noised: Noised) -> Tensor:
         """The base's errors (2B,) in the network's own units."""

@@ -85,7 +85,8 @@ class InversionDPO(PairMethod[InversionDPOConfig]):
                 with torch.no_grad():
                     base += weight * (predict("base", there, t) - goal).square().mean((1, 2, 3))
             x, left = there, t
-        return PairErrors(*student.chunk(2), *base.chunk(2))
+        (chosen, rejected), (base_chosen, base_rejected) = student.chunk(2), base.chunk(2)
+        return PairErrors(chosen, rejected, base_chosen, base_rejected)
 
     def objective(self, errors: PairErrors) -> tuple[Tensor, Tensor]:
         """``dpo_loss``; with ``sign=1`` that of the swapped pair."""

@@ -143,6 +143,8 @@ def damage(path: Path, kind: str, rng: random.Random) -> None:
     elif kind == "bit":
         data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(data)
+    elif kind == "tail":  # the header stays whole
+        path.write_bytes(data[: -len(data) // 4] + rng.randbytes(len(data) // 4))
     elif kind == "garbage":
         path.write_bytes(rng.randbytes(len(data)))
     elif kind == "longer":
@@ -151,7 +153,7 @@ def damage(path: Path, kind: str, rng: random.Random) -> None:
         path.unlink()
 
 
-DAMAGES = ["cut", "empty", "bit", "garbage", "longer", "gone"]
+DAMAGES = ["tail", "cut", "empty", "bit", "garbage", "longer", "gone"]
 
 
 def foreign(root: Path, other: Path) -> None:

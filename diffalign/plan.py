@@ -186,7 +186,7 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
     states = sum(count for part, count in memory.parts.items() if "gradients" not in part and "base" not in part)
     return Plan(
         name=recipe.name,
-        method=f"{recipe.method.name} (arXiv {method.paper.arxiv})",
+        method=recipe.method.name + (f" (arXiv {method.paper.arxiv})" if method.paper.arxiv else ""),
         phases=[
             {"name": p.name, "trains": list(p.trains), "repeats": method.repeats(p), "batch": p.batch}
             for p in method.phases

@@ -30,7 +30,8 @@ class MethodConfig(Section):
 
 @dataclass(frozen=True)
 class Paper:
-    """Where a method comes from, what of it stands here, and what differs from the authors' code."""
+    """Where a method comes from (``arxiv`` is empty where it is not there), what of it stands here, and what differs
+    from the authors' code."""
 
     title: str
     arxiv: str

@@ -44,7 +44,7 @@ def readme_table(rows: list[dict[str, Any]]) -> str:
     """The methods as a Markdown table."""
     lines = ["| method | paper | needs | what is implemented |", "|---|---|---|---|"]
     for row in rows:
-        paper = f"[{row['title']}](https://arxiv.org/abs/{row['arxiv']})"
+        paper = f"[{row['title']}](https://arxiv.org/abs/{row['arxiv']})" if row["arxiv"] else row["title"]
         lines.append(f"| `{row['name']}` | {paper} | {row['needs']} | {row['implements']} |")
     return "\n".join(lines)
 

@@ -34,7 +34,6 @@ GATES: dict[str, tuple[float, float]] = {
     "sdxl_single_all": (0.9, 1.0),
     "sdxl_two_heldout_all": (0.2, 0.85),
     "sdxl_softness_of_small": (0.0, 0.99),
-    "sdxl_shift_of_left_end": (0.0, 1.0),
     "clip_near_miss_accuracy": (0.85, 1.0),
     "pick_preference_accuracy": (0.85, 1.0),
     "pick_preference_heldout_accuracy": (0.8, 1.0),

@@ -137,10 +137,12 @@ def ready(job: Job, recipe: DataRecipe) -> Prepared:
     return Prepared(found.pixels.flip(-1), found.original, found.corner) if job.mirrored else found
 
 
-def batches_of(jobs: Iterable[Job], count: int) -> Iterator[list[Job]]:
-    """Jobs in lists of at most ``count`` of one size, in order but for a window in which sizes are brought together."""
+def batches_of(jobs: Iterable[Job], count: int, buckets: bool) -> Iterator[list[Job]]:
+    """Jobs in lists of at most ``count`` of one size, in order but for a window in which sizes are brought together.
+
+    Without buckets there is one size, and no more is drawn ahead than a batch: a stream keeps only so much."""
     rest = iter(jobs)
-    while window := list(islice(rest, WINDOW * count)):
+    while window := list(islice(rest, (WINDOW if buckets else 1) * count)):
         window.sort(key=lambda job: job.size)
         for _, same in groupby(window, lambda job: job.size):
             while part := list(islice(same, count)):
@@ -157,7 +159,7 @@ def encode_pictures(jobs: Iterable[Job], model: Model, recipe: DataRecipe) -> It
     planned: deque[list[Job]] = deque()
 
     def plan() -> Iterator[Job]:
-        for part in batches_of(jobs, recipe.encode_batch):
+        for part in batches_of(jobs, recipe.encode_batch, bool(recipe.buckets)):
             planned.append(part)
             yield from part
 

@@ -14,7 +14,7 @@ from .webdataset import column_of, from_members
 if TYPE_CHECKING:
     import datasets
 
-WINDOW_BYTES = 256 * 2**20
+WINDOW_BYTES = 512 * 2**20
 BLOCK = 256  # rows of plain values that are read at once
 # What `datasets` can stream from local files, by suffix.
 STREAMED = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv", ".tar": "webdataset", ".arrow": "arrow"}
@@ -59,7 +59,7 @@ class DatasetTable(Table):
 
 
 class StreamTable(Table):
-    """Rows that come one after another and are not kept but for a window of about 256 MB.
+    """Rows that come one after another and are not kept but for a window of about 512 MB.
 
     Going forwards is free; going back before the window starts the stream again. ``total`` is known at its end."""
 

@@ -154,7 +154,7 @@ class Work:
     def __post_init__(self) -> None:
         self.partial = self.target.absolute().parent / f".{self.target.name}.partial"
         self.report = Report(self.table.label, self.table.format)
-        self.filters, self.names = Filters(self.recipe), Names()
+        self.filters, self.names = Filters(self.recipe, journal=True), Names()
         facts = {
             "source": self.table.label,
             "state": self.table.signature(),
@@ -322,6 +322,7 @@ class Work:
         """Everything up to source row ``upto`` is on the disk."""
         state = writer.commit()
         _append(self.partial / FLAWS, _lines(self.report.bad[skipped:]))
+        assert self.filters.journal is not None
         _append(self.partial / KEYS, bytes(self.filters.journal))
         self.filters.journal.clear()
         self.next = upto

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Sequence
 
 from ..recipe import DataRecipe
+from .keyindex import NumberSet
 from .rows import digest_of
 from .scan import Look
 
@@ -25,7 +26,7 @@ class Names:
     """Ids made from content: the second row of the same content gets ``-2``."""
 
     def __init__(self) -> None:
-        self.once: set[int] = set()
+        self.once = NumberSet()
         self.again: dict[int, int] = {}
 
     def __contains__(self, content: str) -> bool:
@@ -44,14 +45,14 @@ class Names:
 class Filters:
     """``data.min_gap``, ``data.duplicates`` and ``data.near_duplicates`` over rows in order.
 
-    ``journal`` collects what was remembered since it was last emptied; :meth:`restore` takes it back, for work that
-    goes on where it was stopped."""
+    ``journal`` (None unless asked for) collects what was remembered since it was last emptied; :meth:`restore` takes
+    it back, for work that goes on where it was stopped."""
 
-    def __init__(self, recipe: DataRecipe) -> None:
+    def __init__(self, recipe: DataRecipe, journal: bool = False) -> None:
         self.min_gap, self.exact, self.near = recipe.min_gap, recipe.duplicates == "skip", recipe.near_duplicates
-        self.seen: set[int] = set()
+        self.seen = NumberSet()
         self.hashes: dict[int, list[tuple[int, ...]]] = {}
-        self.journal = bytearray()
+        self.journal = bytearray() if journal else None
 
     def refuse(self, prompts: Sequence[str | None], looks: Sequence[Look], gap: float | None) -> tuple[str, str] | None:
         """(reason, detail) of a pair that is left out; None for one that is kept, which is remembered.
@@ -76,7 +77,8 @@ class Filters:
         if self.near is not None and self.is_near(prompt, (first.hash, second.hash)):
             return "near duplicate", "of an earlier pair of this prompt"
         self._remember(key, prompt, (first.hash, second.hash))
-        self.journal += ENTRY.pack(key, prompt, first.hash, second.hash)
+        if self.journal is not None:
+            self.journal += ENTRY.pack(key, prompt, first.hash, second.hash)
         return None
 
     def refuse_one(self, prompt: str, look: Look) -> tuple[str, str] | None:

@@ -100,3 +100,32 @@ class KeyIndex:
         # halves apart: a search then runs over numbers that lie together
         self._keys = np.asfortranarray(all_keys[new])
         self._values = all_values[order][new]
+
+
+class NumberSet:
+    """64-bit numbers in 8 bytes each: a small set for what came last, sorted arrays of doubling size for the rest."""
+
+    def __init__(self) -> None:
+        self._recent: set[int] = set()
+        self._sorted: list[np.ndarray] = []
+
+    def __contains__(self, number: int) -> bool:
+        if number in self._recent:
+            return True
+        wanted = np.uint64(number)
+        for part in self._sorted:
+            place = int(np.searchsorted(part, wanted))
+            if place < len(part) and part[place] == wanted:
+                return True
+        return False
+
+    def add(self, number: int) -> None:
+        """From now on the number is in."""
+        self._recent.add(number)
+        if len(self._recent) < RECENT:
+            return
+        part = np.sort(np.fromiter(self._recent, np.uint64, len(self._recent)))
+        while self._sorted and len(self._sorted[-1]) <= len(part):
+            part = np.sort(np.concatenate([self._sorted.pop(), part]))
+        self._sorted.append(part)
+        self._recent.clear()

@@ -43,9 +43,11 @@ def test_a_builtin_recipe_loads_and_comes_back(name: str, tmp_path: Path) -> Non
     assert json.loads(json.dumps(recipe.dump())) == recipe.dump()
 
 
-def test_every_method_has_a_recipe_for_sd15_and_the_tiny_world() -> None:
+def test_every_method_has_a_recipe_for_a_real_model_and_the_tiny_world() -> None:
     for method in method_modules():
-        assert {f"sd15/{method}", f"tiny/{method}"} <= set(BUILTIN)
+        assert {f"sd15/{method}", f"sdxl/{method}"} & set(BUILTIN), method
+        # the shipped pairs have labels and no scores
+        assert f"tiny/{method}" in BUILTIN or "chosen_score" in make_method(method, {}).needs.columns, method
     assert set(diffalign.list_recipes()) == set(BUILTIN)
 
 
@@ -100,6 +102,23 @@ SHEET: dict[str, dict[str, Any]] = {
     | {"train.steps": 2000, "data.resolution": 1024},
     "sdxl/mapo": {**SHARED, **LORA, "method.name": "mapo", "method.beta": 0.1, "train.batch": 8 * 2}
     | {"train.steps": 2000, "data.resolution": 1024, "model.gradient_checkpointing": True},
+    **{
+        name: {**SHARED, **LAUNCHER, **(XL if name.startswith("sdxl") else {}), "method.beta": beta}
+        | {"train.batch": 1024, "train.lr": 1e-8 * 1024, "train.steps": steps, "train.warmup": warmup}
+        | {"method.inversion_steps": points}
+        for name, beta, steps, warmup, points in (
+            ("sd15/inpo", 2000, 400, 200, 10),
+            ("sdxl/inpo", 5000, 400, 200, 10),
+            ("sd15/smpo", 2000, 200, 100, 5),
+            ("sdxl/smpo", 5000, 200, 100, 10),
+        )
+    },
+    "sdxl/inversion_dpo": {**SHARED, **LAUNCHER, **XL, "method.name": "inversion_dpo", "method.beta": 2000}
+    | {"method.inversion_steps": 80, "method.guidance": 2.0, "train.lr": 1e-8 * 8, "train.batch": 8}
+    | {"train.warmup": 1000, "data.caption_dropout": 0.0},
+    "sd15/dspo": {**SHARED, **LAUNCHER, "method.name": "dspo", "method.beta": 0.001, "train.steps": 1000},
+    "sdxl/orpo": {**SHARED, **LORA, "method.name": "orpo", "method.beta": 0.1, "model.lora.rank": 4}
+    | {"train.lr": 5e-4, "train.batch": 4, "data.resolution": 1024},
     # DCPO's run on this model, but at its own size and on its own prediction (sheet 8.3 and 8.7)
     "sd21/dpo": {**SHARED, **LAUNCHER, "method.name": "dpo", "method.beta": 500, "method.error_space": "epsilon"}
     | {"train.batch": 128 * 8, "train.lr": 1e-8 * 128 * 8, "data.caption_dropout": 0.0, "data.resolution": 768},

@@ -162,7 +162,7 @@ def every_method() -> list[Method[Any]]:
         "dpo": {"beta": 100.0},
         "dspo": {"beta": 1.0},  # at the authors' 0.001 the logit is rounding
         "inpo": {"beta": 100.0, "eta": 0.0, "inversion_steps": 3},  # winner's and loser's eta noise differ
-        "smpo": {"beta": 20.0, "inversion_steps": 3, "score_range": (-4.0, 4.0)},
+        "smpo": {"beta": 20.0, "inversion_steps": 3, "score_range": [-4.0, 4.0]},
         "inversion_dpo": {"beta": 100.0, "inversion_steps": 3},
     }
     found = [make_method(name, moderate.get(name, {})) for name in method_modules()]

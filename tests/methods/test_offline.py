@@ -89,7 +89,7 @@ def test_smpo_identities() -> None:
 
 
 def test_smpo_takes_each_pairs_own_scores() -> None:
-    trainer = warm(make_trainer(make_method("smpo", {"beta": 20.0, "score_range": (-4.0, 4.0)})))
+    trainer = warm(make_trainer(make_method("smpo", {"beta": 20.0, "score_range": [-4.0, 4.0]})))
     batch = batch_of(trainer)
     found = metrics(trainer, batch)
     plain = -0.5 * 20.0 * 10.0 * -found["margin"]
@@ -108,8 +108,8 @@ def test_smpo_fits_its_range_to_the_data() -> None:
     torch.testing.assert_close(method.objective(errors)[0], smpo_loss(*V1, p)[0])
     with pytest.raises(UserError, match="every score is 2"):
         method.fit({"chosen_score": t64(2, 2), "rejected_score": t64(2, 2)})
-    with pytest.raises(ValidationError, match="must rise"):
-        make_method("smpo", {"score_range": (1.0, 0.0)})
+    with pytest.raises(ValidationError, match="two numbers that rise"):
+        make_method("smpo", {"score_range": [1.0, 0.0]})
 
 
 # ---- inversion ----------------------------------------------------------------------------------------------------

@@ -49,8 +49,9 @@ class SmPOConfig(InvertedConfig):
 
     beta: float = Field(2000.0, gt=0, description="strength of the tie to the base, in Diffusion-DPO's convention")
     gamma: float = Field(10.0, gt=0, description="times 2p - 1: the pair's multiplier, up to 4.6 at the default range")
-    score_range: tuple[float, float] | Literal["fit"] = Field(
-        PICKSCORE_RANGE, description="scores that count as 0 and 1 (default: raw PickScore cosines), or fit: own data's"
+    score_range: list[float] | Literal["fit"] = Field(
+        list(PICKSCORE_RANGE),
+        description="scores that count as 0 and 1 (default: raw PickScore cosines), or fit: own data's",
     )
     temperature: float = Field(1.0, gt=0, description="of the probability, on scores brought to [0, 1]")
     inversion_steps: int = Field(5, ge=1, le=1000, description="points of the inversion's grid over the whole schedule")
@@ -59,9 +60,9 @@ class SmPOConfig(InvertedConfig):
 
     @field_validator("score_range")
     @classmethod
-    def _rises(cls, value: tuple[float, float] | str) -> tuple[float, float] | str:
-        if not isinstance(value, str) and value[0] >= value[1]:
-            raise ValueError("the range must rise")
+    def _rises(cls, value: list[float] | str) -> list[float] | str:
+        if not isinstance(value, str) and not (len(value) == 2 and value[0] < value[1]):
+            raise ValueError("the range is two numbers that rise, or fit")
         return value
 
 
@@ -82,7 +83,7 @@ class SmPO(InvertedPair[SmPOConfig]):
         differs="p of each pair its own (authors: the first row's); x_t at the level that the network is told",
     )
     needs = Needs(batch="pair", draws=(), columns=("chosen_score", "rejected_score"))
-    bounds: tuple[float, float] | None = None
+    bounds: tuple[float, float]  # set by `fit`
 
     @property
     def renoise(self) -> int:  # type: ignore[override]
@@ -108,10 +109,8 @@ class SmPO(InvertedPair[SmPOConfig]):
         """``smpo_loss`` with the probabilities of the score columns."""
         assert errors.base_chosen is not None and errors.base_rejected is not None
         config = self.config
-        bounds = self.bounds if config.score_range == "fit" else config.score_range
-        assert bounds is not None and not isinstance(bounds, str)
-        p = preference_probability(
-            errors.columns["chosen_score"], errors.columns["rejected_score"], *bounds, config.temperature
-        )
+        low, high = self.bounds if isinstance(config.score_range, str) else config.score_range
+        chosen, rejected = errors.columns["chosen_score"], errors.columns["rejected_score"]
+        p = preference_probability(chosen, rejected, low, high, config.temperature)
         four = (errors.chosen, errors.rejected, errors.base_chosen, errors.base_rejected)
         return smpo_loss(*four, p, config.beta, config.gamma)

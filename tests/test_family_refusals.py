@@ -144,7 +144,7 @@ def test_an_unknown_variant_names_those_present(tmp_path: Path, tiny_model_folde
         ("/no/such/folder", "does not exist"),
         ("no-such-model", "does not exist"),
         ("someone/some-model", "is no folder here and model_index.json cannot be had from the hub"),
-        ("pyproject.toml", "is a single file"),
+        ("pyproject.toml", "is a .toml file; give a .safetensors file or a folder"),
         ("tests", "has no model_index.json"),
     ],
 )

@@ -36,9 +36,11 @@ def test_dpo_learns_what_shuffled_labels_do_not_teach(tmp_path: Path) -> None:
     assert accuracy[False] > 0.53 and accuracy[False] > accuracy[True] + 0.03, accuracy
 
 
-def draw(folder: Path, prompts: list[Prompt], run: Run | None, seed: int, per_prompt: int = 1) -> list[Path]:
+def draw(
+    folder: Path, prompts: list[Prompt], run: Run | None, seed: int, per_prompt: int = 1, model: str = "tiny-sd"
+) -> list[Path]:
     spec = SampleSpec(
-        "tiny-sd", str(run.dir) if run else None, steps=20, guidance=3.0, seed=seed, per_prompt=per_prompt, batch=31
+        model, str(run.dir) if run else None, steps=20, guidance=3.0, seed=seed, per_prompt=per_prompt, batch=31
     )
     sample(spec, prompts, folder, progress=False)
     return sorted((folder / "images").glob("*.png"))
@@ -50,12 +52,12 @@ def pictures(files: list[Path]) -> np.ndarray:
     return np.stack([np.asarray(Image.open(file)) for file in files])
 
 
-def judged(folder: Path, run: Run | None) -> tuple[np.ndarray, float, float]:
+def judged(folder: Path, run: Run | None, model: str = "tiny-sd") -> tuple[np.ndarray, float, float]:
     """(right (N,) on held-out prompts, single-object shape accuracy, single-object diversity)."""
     oracle = Oracle.from_pretrained(str(resources.files("diffalign.assets") / "tiny-oracle"))
     held, single = read_prompts("tiny-heldout"), read_prompts("tiny-single")
-    right = oracle.judge(pictures(draw(folder / "held", held, run, 500)), [p.prompt for p in held])["all"]
-    alone = pictures(draw(folder / "single", single, run, 900, per_prompt=6))
+    right = oracle.judge(pictures(draw(folder / "held", held, run, 500, model=model)), [p.prompt for p in held])["all"]
+    alone = pictures(draw(folder / "single", single, run, 900, per_prompt=6, model=model))
     shapes = oracle.judge(alone, [p.prompt for p in single for _ in range(6)])["shapes"]
     rows = alone.reshape(len(single), 6, -1).astype(np.float32) / 255
     apart = [np.abs(rows[:, i] - rows[:, j]).mean(1) for i in range(6) for j in range(i)]
@@ -92,3 +94,18 @@ def test_dpo_raises_the_oracle_on_unseen_combinations(tmp_path: Path) -> None:
         assert interval.low > 0, what
     for seed, (true, control) in enumerate(zip(gains[False], gains[True], strict=True)):
         assert (true - control).mean() > 0, f"seed {seed}"
+
+
+@pytest.mark.slow
+def test_dpo_aligns_the_tiny_sdxl(tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    base, shape, _ = judged(tmp_path / "base", None, "tiny-sdxl")
+    quiet = {"validate.images": 1, "output.trackers": [], "output.dir": str(tmp_path / "run")}
+    run = diffalign.train("tiny/sdxl-dpo", progress=False, **quiet)
+    right, shape_now, _ = judged(tmp_path / "dpo", run, "tiny-sdxl")
+    interval = bootstrap(right - base)
+    print(
+        f"\ntiny-sdxl: right {base.mean():.3f} -> {right.mean():.3f}, gain {(right - base).mean():+.3f} "
+        f"[{interval.low:+.3f}, {interval.high:+.3f}], single shapes {shape:.3f} -> {shape_now:.3f}"
+    )
+    assert interval.low > 0 and shape - shape_now <= 0.03

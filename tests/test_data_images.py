@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffalign.data.images import ImageError, load_image, prepare
 
@@ -146,3 +146,16 @@ def test_random_crop_is_a_function_of_the_key() -> None:
         assert abs(other / 350 - left / 150) < 0.01
     spread = [prepare(picture(400, 100), 50, "random", i).corner[1] for i in range(300)]
     assert min(spread) < 5 and max(spread) > 145 and 65 < np.mean(spread) < 85
+
+
+def test_a_mirrored_crop_has_the_corner_of_the_mirror_image() -> None:
+    """Cropping and then mirroring is mirroring and then cropping at the corner that is told."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 41, 3), dtype=np.uint8))
+    for crop, key in (("center", None), ("random", "row-7")):
+        found = prepare(image, 16, crop, key)
+        turned = found.mirrored()
+        assert turned.corner[1] + found.corner[1] == 41 - 16 and turned.mirrored().corner == found.corner
+        top, left = turned.corner
+        pixels = np.array(ImageOps.mirror(image).crop((left, top, left + 16, top + 16)))
+        torch.testing.assert_close((turned.pixels.permute(1, 2, 0) + 1) * 127.5, torch.from_numpy(pixels).float())
+    assert turned.corner != found.corner

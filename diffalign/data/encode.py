@@ -134,7 +134,7 @@ def ready(job: Job, recipe: DataRecipe) -> Prepared:
         raise RunError(
             f"picture '{job.ref.name}': {error}; what is encoded is kept, start the command again"
         ) from error
-    return Prepared(found.pixels.flip(-1), found.original, found.corner) if job.mirrored else found
+    return found.mirrored() if job.mirrored else found
 
 
 def batches_of(jobs: Iterable[Job], count: int, buckets: bool) -> Iterator[list[Job]]:

@@ -97,11 +97,16 @@ def difference_hash(image: Image.Image) -> int:
 @dataclass(frozen=True)
 class Prepared:
     """``pixels`` (3, H, W) fp32 in [-1, 1]; ``original`` (height, width) of the upright picture; ``corner`` (top, left)
-    of the crop in the resized picture. The last two are SDXL's size conditioning."""
+    of the crop in the resized picture, SDXL's size conditioning; ``right``: what was cut off at the right."""
 
     pixels: Tensor
     original: tuple[int, int]
     corner: tuple[int, int]
+    right: int
+
+    def mirrored(self) -> Prepared:
+        """The same crop of the picture's mirror image: what was cut off at the right lies to the left of it."""
+        return Prepared(self.pixels.flip(-1), self.original, (self.corner[0], self.right), self.corner[1])
 
 
 def prepare(image: Image.Image, resolution: int | tuple[int, int], crop: Crop = "center", key: Part = None) -> Prepared:
@@ -126,4 +131,4 @@ def prepare(image: Image.Image, resolution: int | tuple[int, int], crop: Crop = 
     top, left = corner
     cut = image.crop((left, top, left + target[1], top + target[0]))
     pixels = torch.from_numpy(np.array(cut, dtype=np.uint8)).permute(2, 0, 1).to(torch.float32)
-    return Prepared(pixels.div_(127.5).sub_(1.0).contiguous(), (height, width), corner)
+    return Prepared(pixels.div_(127.5).sub_(1.0).contiguous(), (height, width), corner, free[1] - left)

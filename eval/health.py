@@ -6,7 +6,7 @@ diversity as a share of the base's, largest move of mean brightness or saturatio
 
     beta 500          +0.4 %   0.67   1.02   0.00    1 %   healthy
     beta 660          +0.3 %   0.62   1.02   0.00    2 %   healthy (what --suggest-beta names)
-    beta 6600         -0.0 %   0.57   1.00   0.00   13 %   over-optimised: held-out loss 1.26, a coin has 0.69
+    beta 6600         -0.0 %   0.57   1.00   0.00   13 %   unclear: held-out loss 1.26, a coin has 0.69
     beta 66          +17.9 %   0.75   0.94   0.01    1 %   over-optimised
     beta 5           +80.8 %   0.76   0.74   0.21    0 %   over-optimised: objects vanish, grounds turn black
     beta 50000        +0.0 %   0.49   1.00   0.00   52 %   not learning
@@ -15,6 +15,9 @@ diversity as a share of the base's, largest move of mean brightness or saturatio
     lr 0.02           x 30     0.43   0.82   0.10   18 %   collapsed (colours at step 50: 0.31)
     lr 0.1            x 31     0.44   0.62   0.56   46 %   collapsed, 50 steps
     lr 0.1, no warmup x 41     0.44   0.11   0.27   81 %   collapsed: all white, 8 steps of 8
+
+A held-out loss above a coin's is no verdict by itself: tiny/sdxl-dpo ends at 1.00 (accuracy 0.73, winner +1.1 %), and
+the oracle finds its samples better than the base's by 4.8 points.
 
 Thresholds lie between the healthy runs and the others, by a factor where there is room. They are a reading of curves,
 not a law: a good run on other data may look otherwise, and only a comparison of samples with the base's (``diffalign
@@ -235,9 +238,6 @@ def _judge(r: Readings) -> tuple[Verdict, str, str]:
         if r.gained >= 2 * r.noise:
             return "over-optimised", text, "lower method.beta (`--suggest-beta` names one) or stop earlier"
         return "not learning", f"{said}, and {text}", "lower method.beta (`--suggest-beta` names one)"
-    if r.sure and r.gained >= 2 * r.noise:
-        text = f"{said}, but the held-out loss is {r.loss:.2f}, above the {r.loss_start:.2f} of a coin"
-        return "over-optimised", f"{text}: it is surer than it knows", "lower method.beta (`--suggest-beta` names one)"
     if r.drift > 1:
         return "over-optimised", f"the preference is won ({said}), but the samples' colours drifted ({colours})", tie
     if (r.moved is not None and r.moved < STILL) and (r.logit is None or r.logit < WEAK):
@@ -253,6 +253,13 @@ def _judge(r: Readings) -> tuple[Verdict, str, str]:
         return "not learning", text, "check the labels (`pairs check`), use more pairs, or train longer"
     if r.gained < 2 * r.noise:
         return "unclear", f"{said} is above the start by less than its noise", "train longer, or hold more pairs out"
+    if r.sure:
+        text = f"{said}, but the held-out loss is {r.loss:.2f}, above the {r.loss_start:.2f} of a coin"
+        return (
+            "unclear",
+            f"{text}: the logits are surer than the labels bear, which need not harm the samples",
+            "compare samples with the base's (`diffalign eval`); method.beta may be too high (`--suggest-beta`)",
+        )
     price = "" if r.damage is None else f", and the winner's error {_change(r.damage)}"
     return "healthy", f"{said}{price}", "compare samples with the base's: `diffalign eval`"
 
@@ -292,8 +299,8 @@ def _findings(r: Readings) -> list[Finding]:
         words, state = f"beyond 5; bad above {SATURATED:.0%}", "bad" if r.full else "good"
         found.append(Finding("saturated logits", r.saturated_start, r.saturated, state, words))
     if r.loss is not None and r.loss_start is not None:
-        words = f"0.69 is a coin's; bad above {log(2) + SURE:.2f} where it starts there"
-        found.append(Finding("held-out loss", r.loss_start, r.loss, "bad" if r.sure else "good", words))
+        words = f"0.69 is a coin's; doubtful above {log(2) + SURE:.2f} where it starts there"
+        found.append(Finding("held-out loss", r.loss_start, r.loss, "open" if r.sure else "good", words))
     limits = {"brightness": BRIGHTNESS_MOVED, "saturation": SATURATION_MOVED}
     for name, (start, end) in r.pictures.items():
         if name == "diversity":

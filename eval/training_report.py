@@ -118,7 +118,7 @@ def _sheet_name(path: Path, best: int | None) -> str:
     step = _step(path)
     if step is None:
         return path.stem
-    return f"step {step}" + (", base" if step == 0 else ", lowest held-out loss" if step == best else "")
+    return f"step {step}" + (", base" if step == 0 else ", lowest held-out loss since" if step == best else "")
 
 
 def _skipped(log: Sequence[LogRow]) -> int:

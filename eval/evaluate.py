@@ -175,7 +175,7 @@ def evaluate(
         UserError: bad models, prompts, scorers or settings.
     """
     from ..pipelines.sample import sample
-    from .setscore import measure_sets
+    from .setscore import load_sets, measure
 
     specs = parse_models(models)
     names = list(parse_scorers(scorers))
@@ -190,6 +190,7 @@ def evaluate(
     for scorer in loaded:
         for wanted in lists:
             scorer.check_prompts([p.prompt for p in wanted.prompts])
+    metrics = load_sets(sets, device=settings.device) if sets else []
     scores: dict[str, dict[str, ScoreResult]] = {s.name: {} for s in lists}
     each = settings.per_prompt * len(settings.seeds)
     for spec in specs:
@@ -202,8 +203,8 @@ def evaluate(
             scores[wanted.name][spec.label] = score_images(
                 place, None, loaded, place / "scores.jsonl", batch=score_batch, progress=progress
             )
-            if sets:
-                measure_sets(place, sets, device=settings.device)
+            if metrics:
+                measure(place, metrics)
     summary = {
         "title": title or listed([spec.label for spec in specs]),
         "primary": primary,

@@ -16,7 +16,7 @@ from .sets import list_sets, load_set
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .sets._base import SetResult
+    from .sets._base import SetMetric, SetResult
 
 FILE = "sets.json"
 
@@ -44,6 +44,25 @@ class SetScores:
         console.print(f"metrics: {self.out}", highlight=False)
 
 
+def load_sets(
+    metrics: str | Sequence[str], reference: str | Path | None = None, device: str = "auto", dtype: str = "auto"
+) -> list[SetMetric]:
+    """The metrics of ``"diversity_clip,fid"`` (or ``name=WEIGHTS``), with their weights.
+
+    Raises UserError: unknown metrics, missing weights, extras, or a reference that a metric needs."""
+    names = metrics.split(",") if isinstance(metrics, str) else list(metrics)
+    names = [name.strip() for name in names if name.strip()]
+    if not names:
+        raise UserError(f"no set metric given; choose from {', '.join(list_sets())}")
+    loaded = [load_set(name, None, device, dtype) for name in names]
+    for metric in loaded:
+        if metric.about.needs == "reference" and reference is None:
+            raise UserError(
+                f"set metric '{metric.name}' needs other pictures to compare with: `diffalign sets --reference FOLDER`"
+            )
+    return loaded
+
+
 def measure_sets(
     images: str | Path,
     metrics: str | Sequence[str],
@@ -60,20 +79,20 @@ def measure_sets(
     Raises:
         UserError: unknown metrics, missing weights, extras or references, or pictures that cannot be read.
     """
-    names = metrics.split(",") if isinstance(metrics, str) else list(metrics)
-    names = [name.strip() for name in names if name.strip()]
-    if not names:
-        raise UserError(f"no set metric given; choose from {', '.join(list_sets())}")
+    return measure(images, load_sets(metrics, reference, device, dtype), reference, out)
+
+
+def measure(
+    images: str | Path,
+    metrics: Sequence[SetMetric],
+    reference: str | Path | None = None,
+    out: str | Path | None = None,
+) -> SetScores:
+    """`measure_sets` by metrics that are loaded already."""
     place = Path(images)
     target = Path(out) if out else (place if place.is_dir() else place.parent) / FILE
     known = read_sets(target)
-    loaded = [load_set(name, None, device, dtype) for name in names]
-    results = []
-    for metric in loaded:
-        wants = metric.about.needs == "reference"
-        if wants and reference is None:
-            raise UserError(f"set metric '{metric.name}' needs other pictures to compare with; say --reference FOLDER")
-        results.append(metric(images, reference if wants else None))
+    results = [metric(images, reference if metric.about.needs == "reference" else None) for metric in metrics]
     known |= {r.name: asdict(r) for r in results}
     partial = target.with_name(target.name + ".tmp")
     try:

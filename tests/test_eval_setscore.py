@@ -14,6 +14,7 @@ from diffalign.errors import UserError
 from diffalign.eval.looks import measure
 from diffalign.eval.score import score_images
 from diffalign.eval.sections import study_view
+from diffalign.eval.evaluate import evaluate
 from diffalign.eval.setscore import by_prompt, measure_sets, read_sets
 from diffalign.eval.study import study
 
@@ -70,3 +71,11 @@ def test_the_commands(tmp_path: Path) -> None:
     verdicts = [json.loads(line) for line in (tmp_path / "verdicts.jsonl").read_text().splitlines()]
     assert [v["verdict"]["correct"] for v in verdicts] == [True, False] and "single_object" in done.out
     assert diffalign("geneval", place).status == 2
+
+
+def test_eval_looks_for_a_metrics_weights_before_it_samples(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere"):
+        evaluate(
+            ["tiny-sd"], "a red circle", "oracle", tmp_path / "out", sets=f"vendi={tmp_path}/nowhere", progress=False
+        )
+    assert not (tmp_path / "out").exists()

@@ -11,10 +11,10 @@ from eval_tiny import write_samples, write_tiny_clip
 from PIL import Image
 
 from diffalign.errors import UserError
+from diffalign.eval.evaluate import evaluate
 from diffalign.eval.looks import measure
 from diffalign.eval.score import score_images
 from diffalign.eval.sections import study_view
-from diffalign.eval.evaluate import evaluate
 from diffalign.eval.setscore import by_prompt, measure_sets, read_sets
 from diffalign.eval.study import study
 

@@ -59,7 +59,7 @@ def test_samples_of_a_prompt_differ_and_come_back(tiny_model_folder: Path, tmp_p
     assert best == min(losses, key=lambda step: losses[step])
     captions = [sheet.caption for sheet in training.sheets]
     assert captions[0] == "step 0, base" and captions[-1].startswith("step 4") and len(captions) == 4
-    assert f"step {best}, lowest held-out loss" in captions
+    assert f"step {best}, lowest held-out loss since" in captions
     rows = sample_rows(training.sheets)
     assert len(rows) == 2 and all(len(set(cell)) == 3 for row in rows for cell in row.cells)
     page = run.report.read_text()

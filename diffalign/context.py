@@ -42,6 +42,7 @@ class Context:
     uncond: Cond
     autocast: torch.dtype | None = None
     rewards: dict[str, Reward] = field(default_factory=dict)
+    decoder: Callable[[Tensor], Tensor] | None = None
     phase: str = "main"
     repeat: int = 0
     stats: dict[str, Tensor] = field(default_factory=dict)
@@ -92,8 +93,15 @@ class Context:
         with self.casting():
             return self.roles.features(role, x_t, t, cond, layer).float()
 
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1], fp32, of scaled latents (B, C, h, w); differentiable; for ``needs.decode``."""
+        if self.decoder is None:
+            raise TypeError("ctx.decode is for methods whose needs say decode=True")
+        return self.decoder(latents)
+
     def reward(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores (B,) of images (B, 3, H, W) in [0, 1] by a scorer of the eval suite; differentiable."""
+        """Scores (B,) in fp32 of images (B, 3, H, W) in [0, 1] for prompts (B) (``batch.prompts``) by a scorer of the
+        eval suite; differentiable. Needs ``needs.reward``; ``name`` is one of ``Method.rewards``, without its path."""
         return self.rewards[name](images, prompts)
 
 

@@ -111,6 +111,8 @@ def estimate(
         cuda: the device is a GPU with a context, and norms compute in fp32 under autocast.
     """
     parts = held_parts(model, roles, recipe, dtype, world)
+    if method.needs.decode and recipe.data.cache:
+        parts["VAE, fp32, for the method"] = sum(4 * p.numel() for p in model.vae.parameters())
     shapes = shapes_of(model, recipe)
     share = -(-recipe.train.batch // world)
     micro = min(recipe.train.micro_batch or share, share)
@@ -128,6 +130,7 @@ def estimate(
                 autocast,
                 norms=cuda,
                 holds=recipe.model.quantize == "8bit",
+                decoder=model.decode_with_gradient if method.needs.decode else None,
             )
     step = max(usage.peak for usage in used.values())
     if recipe.model.offload and roles.lora is None and BASE in roles.networks:

@@ -26,7 +26,16 @@ from .families.quantise import check_quantize
 from .memory import estimate
 from .recipe import ModelRecipe, Recipe
 from .reference import reference_note
-from .setup import Rows, autocast_dtype, build_roles, count_long_prompts, load_base, make_method_of, read_rows
+from .setup import (
+    Rows,
+    autocast_dtype,
+    build_roles,
+    check_rewards,
+    count_long_prompts,
+    load_base,
+    make_method_of,
+    read_rows,
+)
 from .shards import check_parallel
 from .simulate import META
 from .trainer import plan_slots
@@ -173,6 +182,8 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
     with torch.device(META):
         roles = build_roles(model, method, recipe, dtype)
     memory = estimate(model, method, roles, recipe, dtype, autocast, world, device.type == "cuda")
+    if method.needs.reward:
+        notes.append(f"what the reward {', '.join(check_rewards(method))} takes of the memory is not counted")
     if not memory.whole:
         notes.append(f"activations are of one trained and one reference call: {recipe.method.name} looks at numbers")
     trained = {role: sum(p.numel() for p in roles.parameters(role)) for role in roles.names}

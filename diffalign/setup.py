@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from peft import LoraConfig
 
 from .console import Console
-from .context import Context
+from .context import Context, Reward
 from .data.cache import LatentCache, open_cache
 from .data.files import cache_root
 from .data.rowfile import read_rows
@@ -138,6 +138,27 @@ def build_roles(model: Model, method: Method[Any], recipe: Recipe, dtype: torch.
     return roles
 
 
+def check_rewards(method: Method[Any]) -> dict[str, str | None]:
+    """Name and path of each scorer that a method's ``ctx.reward`` serves. Raises UserError for unknown ones."""
+    from .eval.scorers import parse_scorers
+
+    return parse_scorers(method.rewards()) if method.needs.reward else {}
+
+
+def load_rewards(method: Method[Any], device: torch.device, autocast: torch.dtype | None) -> dict[str, Reward]:
+    """The scorers that ``ctx.reward`` serves, by name, on the device; in bf16 where that computes, else fp32 (gradients
+    of an fp16 tower vanish). Raises UserError for one without weights or gradients."""
+    from .eval.scorers import Scorer, load_scorer
+
+    found: dict[str, Reward] = {}
+    for name, path in check_rewards(method).items():
+        scorer = load_scorer(name, path, device.type, "bf16" if autocast == torch.bfloat16 else "fp32")
+        if type(scorer).reward is Scorer.reward:
+            raise UserError(f"method.reward: scorer '{name}' gives no gradients; take one of CLIP's kind")
+        found[name] = scorer.reward
+    return found
+
+
 def count_long_prompts(rows: PairRows | ImageRows, model: Model) -> tuple[int, int]:
     """(prompts that the text encoder cuts, different prompts)."""
     cut = distinct = 0
@@ -173,6 +194,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     method = make_method_of(recipe)
     for note in method.notes():
         say(f"note: {note}")
+    check_rewards(method)
     for role in recipe.train.role_lr:
         if role not in method.roles:
             raise UserError(
@@ -218,6 +240,8 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     source = Source(cache, training, recipe.train.seed, uncond, recipe.data.caption_dropout, period)
     heldout = Source(cache, held, recipe.train.seed, uncond) if held else None
     roles = build_roles(model, method, recipe, dtype)
+    if method.needs.decode:
+        model.keep_vae(recipe.model.gradient_checkpointing)
     if recipe.train.parallel == "fsdp":  # from the processor's memory to the devices, block by block
         roles.shard(make_mesh(device, world))
     ctx = Context(
@@ -227,6 +251,8 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
         device,
         uncond.to(device),
         autocast_dtype(recipe.train.precision, device),
+        load_rewards(method, device, autocast_dtype(recipe.train.precision, device)),
+        model.decode_with_gradient if method.needs.decode else None,
     )
     if recipe.model.compile:
         from .families import compile_unet

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from .context import Context, draw_key
 from .data.batch import Batch, Cond
 from .denoiser import Denoiser
+from .eval.scorers import parse_scorers
 from .methods.base import Method, Phase
 from .roles import Roles
 
@@ -192,6 +193,7 @@ def simulate_phase(
     *,
     norms: bool = True,
     holds: bool = False,
+    decoder: Callable[[Tensor], Tensor] | None = None,
 ) -> Usage:
     """One micro-batch of ``rows`` through ``phase``: loss and backward.
 
@@ -199,6 +201,7 @@ def simulate_phase(
         roles: networks on the meta device.
         rows: pairs, or images of methods on images.
         autocast, norms, holds: see `CudaLike`.
+        decoder: of methods that decode. What rewards take is not counted.
     """
 
     def modes() -> AbstractContextManager[object]:
@@ -220,6 +223,8 @@ def simulate_phase(
         with torch.device(META):
             ctx = _Context(roles, denoiser, 0, META, shapes.cond(1), phase=phase.name)
             ctx.modes = modes
+            ctx.decoder = decoder
+            ctx.rewards = dict.fromkeys(parse_scorers(method.rewards()), _reward) if method.needs.reward else {}
             batch = _batch(method, phase, shapes, rows)
             live = Live(spare)
             try:
@@ -243,6 +248,11 @@ def simulate_phase(
     return Usage(held, live.peak, live.flops, sum(forwards), whole)
 
 
+def _reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """In the place of a scorer, whose weights are not here."""
+    return images.mean((1, 2, 3))
+
+
 def _batch(method: Method[Any], phase: Phase, shapes: Shapes, rows: int) -> Batch:
     """A micro-batch of nothing."""
     names = LATENTS.get(method.needs.batch, ("image",))
@@ -258,6 +268,7 @@ def _batch(method: Method[Any], phase: Phase, shapes: Shapes, rows: int) -> Batc
             for tag in method.needs.draws
         },
         {name: torch.empty(rows, 6) for name in names},
+        ("",) * rows,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig
-from tiny import SD_SCHEDULE, tiny_unet
+from tiny import SD_SCHEDULE, tiny_unet, tiny_vae
 from torch import Tensor, nn
 
 from diffalign import keyed
@@ -21,6 +22,7 @@ from diffalign.methods import make_method
 from diffalign.methods.base import Loss, Method, MethodConfig, Needs, Paper, Phase
 from diffalign.recipe import TrainRecipe
 from diffalign.roles import Roles
+from diffalign.setup import load_rewards
 from diffalign.trainer import Trainer
 
 WIDTH, TOKENS = 16, 5
@@ -50,6 +52,7 @@ class Rows:
             {"prompt": Cond(self.embeds[rows])},
             {name: column[rows] for name, column in self.columns.items()},
             torch.ones(len(rows)),
+            prompts=tuple(f"a {self.ids[i]}" for i in rows),
         )
 
 
@@ -68,6 +71,20 @@ def make_roles(names: Sequence[str] = ("student",), storage: str = "adapters", *
 def make_context(roles: Roles, seed: int = 0, **options: Any) -> Context:
     uncond = Cond(torch.zeros(1, TOKENS, WIDTH))
     return Context(roles, Denoiser.from_config(SD_SCHEDULE), seed, torch.device("cpu"), uncond, **options)
+
+
+@functools.cache
+def _vae() -> Any:
+    torch.manual_seed(2)
+    return tiny_vae().requires_grad_(False)
+
+
+def tools(method: Method[Any]) -> dict[str, Any]:
+    """What a method's context holds besides: a VAE's decoder (8 x 8 latents, 64 px), and its scorers."""
+    cpu, found = torch.device("cpu"), {}
+    if method.needs.decode:
+        found["decoder"] = lambda latents: (_vae().decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    return {**found, "rewards": load_rewards(method, cpu, None)}
 
 
 def make_trainer(
@@ -89,7 +106,7 @@ def make_trainer(
     )
     rows = rows or Rows(kind=method.needs.batch)
     source = Source(rows, range(len(rows.ids)), seed, Cond(torch.zeros(1, TOKENS, WIDTH)))  # type: ignore[arg-type]
-    ctx = make_context(roles, seed, autocast=autocast)
+    ctx = make_context(roles, seed, autocast=autocast, **tools(method))
     return Trainer(method, ctx, source, settings, accelerator or Accelerator(cpu=True))
 
 

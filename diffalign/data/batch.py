@@ -74,7 +74,8 @@ class Batch:
     in fp32 by name (``chosen``, ``rejected`` or ``image``), ``cond`` by name (``prompt``, ``rejected_prompt``),
     ``columns`` numbers (B,). ``weight`` (B,) is 0 for padding rows. ``drawn`` holds (t, noise)
     drawn ahead by the loader. ``sizes`` (B, 6) fp32 are by the names of ``latents``: height and width of the original,
-    top and left of the crop in the resized picture, height and width of what was encoded, all in pixels.
+    top and left of the crop in the resized picture, height and width of what was encoded, all in pixels. ``prompts``
+    (B) are the texts themselves, as scorers read them.
     """
 
     ids: tuple[str, ...]
@@ -85,6 +86,7 @@ class Batch:
     weight: Tensor
     drawn: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     sizes: dict[str, Tensor] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -106,6 +108,7 @@ class Batch:
             self.weight.to(device, non_blocking=True),
             {k: (t.to(device, non_blocking=True), e.to(device, non_blocking=True)) for k, (t, e) in self.drawn.items()},
             {k: v.to(device, non_blocking=True) for k, v in self.sizes.items()},
+            self.prompts,
         )
 
     def pin(self) -> Batch:
@@ -122,6 +125,7 @@ class Batch:
             self.weight.pin_memory(),
             {k: (t.pin_memory(), e.pin_memory()) for k, (t, e) in self.drawn.items()},
             {k: v.pin_memory() for k, v in self.sizes.items()},
+            self.prompts,
         )
 
     def take(self, index: Sequence[int]) -> Batch:
@@ -136,4 +140,5 @@ class Batch:
             self.weight[rows],
             {k: (t[rows], e[rows]) for k, (t, e) in self.drawn.items()},
             {k: v[rows] for k, v in self.sizes.items()},
+            tuple(self.prompts[i] for i in rows) if self.prompts else (),
         )

@@ -54,7 +54,7 @@ Columns = Mapping[str, Tensor]
 class Item:
     """One row on the CPU: ``latents`` (C, h, w) and, when the posterior is sampled, their ``std``; ``cond`` of one
     sample; ``sizes`` (6,): height and width of the original, top and left of the crop, height and width of what was
-    encoded; all by name."""
+    encoded; all by name. ``prompt``: the text itself."""
 
     id: str
     latents: dict[str, Tensor]
@@ -62,6 +62,7 @@ class Item:
     columns: dict[str, float]
     std: dict[str, Tensor] = field(default_factory=dict)
     sizes: dict[str, Tensor] = field(default_factory=dict)
+    prompt: str = ""
 
 
 class LatentCache:
@@ -120,6 +121,7 @@ class LatentCache:
                 self._columns(i, row),
                 {k: pictures[job.key]["std"] for k, job in named.items() if "std" in pictures[job.key]},
                 {k: self._sizes(pictures[job.key]) for k, job in named.items()},
+                row.prompt,
             )
             for i, row, named, words in zip(indices, rows, jobs, texts, strict=True)
         ]
@@ -154,6 +156,7 @@ class LatentCache:
             {k: torch.tensor([item.columns[k] for item in items], dtype=torch.float32) for k in items[0].columns},
             torch.ones(len(items)),
             sizes={name: torch.stack([item.sizes[name] for item in items]).float() for name in items[0].sizes},
+            prompts=tuple(item.prompt for item in items),
         )
 
     @property

@@ -66,6 +66,7 @@ class Model:
         self.device = device
         self.dtype = dtype
         self.offload = False  # encoders are on the device one kind at a time
+        self.kept: tuple[nn.Module, ...] = ()  # encoders that a method calls while it trains: they never leave
         self.fused: list[str] = []  # hash and scale of each LoRA fused into this base
         self._uncond: Cond | None = None
         for module in (unet, vae, text_encoder):
@@ -149,6 +150,22 @@ class Model:
         ]
         return torch.cat(parts)
 
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> pixels (B, 3, H, W) in [0, 1], fp32, all at once and differentiable.
+
+        The VAE must be on the device (see `keep_vae`); autocast is off: its activations overflow fp16."""
+        scale, shift = self._scaling()
+        with torch.autocast(latents.device.type, enabled=False):
+            images = self.vae.decode((latents.float() / scale + shift).to(self.vae.dtype)).sample.float()
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    def keep_vae(self, checkpointing: bool = False) -> None:
+        """The VAE stays on the device from now on; with ``checkpointing`` its decoder recomputes in the backward."""
+        self.kept = (self.vae,)
+        self.ensure_encoders(self.vae)
+        if checkpointing:
+            self.vae.enable_gradient_checkpointing()
+
     def _scaling(self) -> tuple[float, float]:
         config = self.vae.config
         return float(config.scaling_factor), float(getattr(config, "shift_factor", None) or 0.0)
@@ -200,9 +217,10 @@ class Model:
         return (self.vae, self.text_encoder)
 
     def release_encoders(self) -> None:
-        """VAE and text encoder leave the device (to the CPU) and its memory is given back."""
+        """VAE and text encoder leave the device (to the CPU), but for what is kept, and its memory is given back."""
         for module in self.encoders():
-            module.to("cpu")
+            if all(module is not other for other in self.kept):
+                module.to("cpu")
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -213,7 +231,7 @@ class Model:
         chosen = wanted or (() if self.offload else self.encoders())
         if self.offload and self.device.type != "cpu":
             for module in self.encoders():
-                if all(module is not other for other in chosen):
+                if all(module is not other for other in (*chosen, *self.kept)):
                     module.to("cpu")
         for module in chosen:
             if next(module.parameters()).device.type != self.device.type:

@@ -43,12 +43,15 @@ class Paper:
 class Needs:
     """What a method asks of its batches: the kind of row, cached columns, and the tags of its (t, noise) draws.
 
-    ``reference`` is False when the base is never called, so that full fine-tuning need not hold it."""
+    ``reference`` is False when the base is never called, so that full fine-tuning need not hold it. ``reward``: the
+    scorers of the setting ``reward`` are loaded for ``ctx.reward``; ``decode``: the VAE stays on the device for
+    ``ctx.decode``."""
 
     batch: Literal["pair", "image", "ranked", "rated", "prompt"] = "pair"
     columns: tuple[str, ...] = ()
     draws: tuple[str, ...] = ("noise",)
     reward: bool = False
+    decode: bool = False
     reference: bool = True
 
 
@@ -100,6 +103,10 @@ class Method(Generic[C]):
     def repeats(self, phase: Phase) -> int:
         """How often ``phase`` runs in one step."""
         return int(getattr(self.config, phase.repeats)) if isinstance(phase.repeats, str) else phase.repeats
+
+    def rewards(self) -> str:
+        """Scorers that ``ctx.reward`` serves, such as ``"pickscore,hpsv21=FILE"``: the setting ``reward``."""
+        return str(getattr(self.config, "reward", "")) if self.needs.reward else ""
 
     def notes(self) -> list[str]:
         """What a run should say at its start about these settings, a line each."""

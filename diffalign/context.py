@@ -33,7 +33,8 @@ def draw_noise(
 @dataclass
 class Context:
     """What a method may use. ``phase`` and ``repeat`` are set by the trainer and key the draws; ``stats`` holds the
-    reduced result of ``Method.statistics``."""
+    reduced result of ``Method.statistics``. ``latent_shape`` (C, h, w) is that of a picture at the run's resolution:
+    what is drawn for batches that bring no latents."""
 
     roles: Roles
     denoiser: Denoiser
@@ -46,6 +47,7 @@ class Context:
     phase: str = "main"
     repeat: int = 0
     stats: dict[str, Tensor] = field(default_factory=dict)
+    latent_shape: tuple[int, int, int] = (4, 64, 64)
 
     def casting(self) -> AbstractContextManager[object]:
         """Autocast as the run's precision asks.
@@ -56,30 +58,48 @@ class Context:
             return nullcontext()
         return torch.autocast(self.device.type, self.autocast, cache_enabled=False)
 
-    def model(self, role: str, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0) -> Tensor:
+    def model(
+        self, role: str, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0, uncond: Cond | None = None
+    ) -> Tensor:
         """The network's own prediction (B, C, h, w) in fp32.
 
         ``guidance`` follows diffusers: uncond + w (cond - uncond); 1 is conditional only, in one call of B, otherwise
-        one call of 2B. The unconditional branch keeps the sizes of the pictures, as diffusers' SDXL pipeline does."""
+        one call of 2B. ``uncond`` (B rows): see ``branches``."""
+        if guidance != 1.0:
+            return guide(*self.branches(role, x_t, t, cond, uncond), guidance)
         with self.casting():
-            if guidance == 1.0:
-                return self.roles(role, x_t, t, cond).float()
-            both = Cond.cat([self.uncond.expand(len(x_t)).beside(cond), cond])
-            uncond, conditional = self.roles(role, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
-        return guide(conditional, uncond, guidance)
+            return self.roles(role, x_t, t, cond).float()
+
+    def branches(
+        self, role: str, x_t: Tensor, t: Tensor, cond: Cond, uncond: Cond | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Conditional and unconditional prediction, each (B, C, h, w) in fp32, from one call of 2B.
+
+        ``uncond`` (B rows) defaults to the run's own. The unconditional branch keeps the sizes of the pictures, as
+        diffusers' SDXL pipeline does."""
+        without = self.uncond.expand(len(x_t)) if uncond is None else uncond
+        with self.casting():
+            both = Cond.cat([without.beside(cond), cond])
+            found, conditional = self.roles(role, x_t.repeat(2, 1, 1, 1), t.repeat(2), both).float().chunk(2)
+        return conditional, found
 
     def error(self, role: str, x_t: Tensor, t: Tensor, cond: Cond, target: Tensor, guidance: float = 1.0) -> Tensor:
         """Mean over C, h, w of the squared error of a role's prediction, one number a sample (B,), in fp32."""
         return (self.model(role, x_t, t, cond, guidance) - target.float()).square().mean((1, 2, 3))
 
     def draw(self, batch: Batch, tag: str = "noise") -> tuple[Tensor, Tensor]:
-        """(t, noise) of each sample: t (B,) uniform over the schedule, noise (B, C, h, w) of the latents' shape."""
+        """(t, noise) of each sample: t (B,) uniform over the schedule, noise (B, C, h, w) of the latents' shape, or of
+        ``latent_shape`` where the batch has prompts alone."""
         key = draw_key(tag, self.phase, self.repeat)
         if key in batch.drawn:
             return batch.drawn[key]
-        shape = next(iter(batch.latents.values())).shape[1:]
-        t, noise = draw_noise(self.seed, tag, self.phase, self.repeat, batch, shape, self.denoiser.num_timesteps)
+        shape, steps = self.shape_of(batch), self.denoiser.num_timesteps
+        t, noise = draw_noise(self.seed, tag, self.phase, self.repeat, batch, shape, steps)
         return t.to(self.device, non_blocking=True), noise.to(self.device, non_blocking=True)
+
+    def shape_of(self, batch: Batch) -> tuple[int, ...]:
+        """(C, h, w) of the batch's latents; ``latent_shape`` where it has none."""
+        return next((tuple(latents.shape[1:]) for latents in batch.latents.values()), self.latent_shape)
 
     def rng(self, tag: str, batch: Batch) -> list[np.random.Generator]:
         """One generator a sample for any other draw, keyed as ``draw``'s."""

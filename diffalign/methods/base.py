@@ -41,7 +41,8 @@ class Paper:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a method asks of its batches: the kind of row, cached columns, and the tags of its (t, noise) draws.
+    """What a method asks of its batches: the kind of row, cached columns, texts besides the prompt that some row must
+    have, and the tags of its (t, noise) draws.
 
     ``reference`` is False when the base is never called, so that full fine-tuning need not hold it. ``reward``: the
     scorers of the setting ``reward`` are loaded for ``ctx.reward``; ``decode``: the VAE stays on the device for
@@ -49,6 +50,7 @@ class Needs:
 
     batch: Literal["pair", "image", "ranked", "rated", "prompt"] = "pair"
     columns: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()
     draws: tuple[str, ...] = ("noise",)
     reward: bool = False
     decode: bool = False
@@ -77,11 +79,13 @@ class Loss:
     """One value and one weight a sample, (B,) each.
 
     The trainer divides by the weight sum of the whole step (all micro-batches, all processes). Weights carry no
-    gradient. ``metrics`` are (B,) (averaged with the weights) or scalars (averaged over samples)."""
+    gradient. ``metrics`` are (B,) (averaged with the weights) or scalars (averaged over samples); ``partial`` ones are
+    (value (B,), share (B,)), averaged over the samples whose share is not 0."""
 
     values: Tensor
     weights: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    partial: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 C = TypeVar("C", bound=MethodConfig)
@@ -92,10 +96,13 @@ class Method(Generic[C]):
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     paper: ClassVar[Paper]
-    needs: ClassVar[Needs] = Needs()
-    roles: ClassVar[tuple[str, ...]] = ("student",)
-    phases: ClassVar[tuple[Phase, ...]] = (Phase("main", ("student",)),)
-    couples: ClassVar[Literal["none", "group", "batch"]] = "none"
+    # of the class, or of an instance whose settings ask for others
+    needs: Needs = Needs()
+    roles: tuple[str, ...] = ("student",)
+    phases: tuple[Phase, ...] = (Phase("main", ("student",)),)
+    couples: Literal["none", "group", "batch"] = "none"
+    repeated: ClassVar[str] = ""
+    """The field of Config, if any, that counts equal steps inside one loss: a plan runs few and reckons the others."""
 
     def __init__(self, config: C) -> None:
         self.config = config
@@ -154,4 +161,7 @@ def metric_sums(loss: Loss) -> Mapping[str, tuple[Tensor, Tensor]]:
     for name, value in loss.metrics.items():
         value = value.detach().float()
         sums[name] = ((value * weights).sum(), total) if value.ndim else (value * total, total)
+    for name, (value, share) in loss.partial.items():
+        share = share.detach().float() * weights
+        sums[name] = ((value.detach().float() * share).sum(), share.sum())
     return sums

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .data.batch import Cond
+from .families.extras import Extra
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -37,7 +38,8 @@ class Roles:
         forward: one forward of a U-Net, ``forward(unet, x_t, t, cond) -> prediction``.
         trained: names of the roles that are versions of the U-Net.
         lora: adapter settings; None means full copies.
-        modules: trained roles that are modules of their own (heads, tokens).
+        modules: trained roles that are modules of their own (heads). Those that enter the U-Net's call (`Extra`: soft
+            tokens, user attention) are versions of the U-Net too: the frozen base with these parts on.
         checkpointing: recompute activations in the backward pass.
         reference: False when ``base`` is never called.
         seed: keys the adapters' initial values.
@@ -58,6 +60,7 @@ class Roles:
         self.forward = forward
         self.lora = lora
         self.modules = dict(modules or {})
+        self.extras = {name: module for name, module in self.modules.items() if isinstance(module, Extra)}
         self.trained = tuple(trained)
         self.layers: list[BaseTunerLayer] = []
         self.networks: dict[str, nn.Module] = {BASE: unet}
@@ -69,6 +72,9 @@ class Roles:
             self._add_adapters(seed)
         else:
             self._copy(reference)
+        for name, extra in self.extras.items():
+            extra.attach(self.unet)
+            self.networks[name] = self.unet
         for name, module in self.modules.items():
             self._parameters[name] = dict(module.float().eval().named_parameters())
         for role in self.names:
@@ -163,11 +169,12 @@ class Roles:
                 parameter.requires_grad_(name in roles)
 
     def activate(self, role: str) -> None:
-        """Switch the adapters of the shared network; a no-op for copies. Costs one pass over the kept layers."""
-        if role == self.current or self.lora is None:
-            self.current = role
+        """Switch adapters and extra parts of the shared network. Costs one pass over the kept layers."""
+        if role == self.current:
             return
-        off = role == BASE
+        for name, extra in self.extras.items():
+            extra.on = name == role
+        off = role == BASE or role in self.extras
         for layer in self.layers:
             layer._disable_adapters = off
             if not off:

@@ -34,7 +34,7 @@ def heldout_metrics(trainer: Trainer, heldout: Source, recipe: ValidateRecipe) -
     """Loss and metrics of held-out rows, each under ``draws`` fixed (t, noise); the same on any number of processes."""
     ctx, phase = trainer.ctx, trainer.method.phases[-1]
     meter = Meter()
-    shares = [heldout.indices[rank :: trainer.world].tolist() for rank in range(trainer.world)]
+    shares = [heldout.portion(rank, trainer.world) for rank in range(trainer.world)]
     padding = not shares[trainer.rank]  # more processes than rows: every process must know every metric's name
     shares = [share or heldout.indices[:1].tolist() for share in shares]
     mine = shares[trainer.rank]

@@ -32,6 +32,9 @@ class Source:
         seed: keys order, caption dropout and flips.
         caption_dropout: share of samples whose prompt is replaced by the unconditional one.
         period: visits are counted modulo this, so that a row's draws come back (``data.reference_errors``).
+        group: rows that a method compares with one another. The rows of a step are cut into groups of this size, bucket
+            by bucket in their order; ranks and micro-batches hold whole groups, each of consecutive rows. A bucket's last
+            group may be smaller.
 
     ``reference`` (rows of the cache, V, 2): the base's errors at the first V visits, which ``load`` puts into the
     columns ``base_chosen`` and ``base_rejected``.
@@ -45,6 +48,7 @@ class Source:
         uncond: Cond,
         caption_dropout: float = 0.0,
         period: int | None = None,
+        group: int = 1,
     ) -> None:
         self.cache = cache
         self.indices = np.asarray(indices, dtype=np.int64)
@@ -52,6 +56,7 @@ class Source:
         self.uncond = uncond.to("cpu")
         self.caption_dropout = caption_dropout
         self.period = period
+        self.group = group
         self.reference: torch.Tensor | None = None
         self.places: np.ndarray = cache.places[self.indices]
         self._order = lru_cache(maxsize=2)(self._permutation)
@@ -70,7 +75,8 @@ class Source:
         return [int(self._order(int(e))[p]) for e, p in zip(epochs, places, strict=True)], visits.tolist()
 
     def cut(self, indices: Sequence[int], visits: Sequence[int], micro: int) -> list[tuple[list[int], list[int]]]:
-        """Rows in lists of at most ``micro`` of one bucket each, in order of the buckets' first rows."""
+        """Rows in lists of at most ``micro`` (a multiple of ``group``) of one bucket each, in order of the buckets'
+        first rows."""
         groups: dict[int, tuple[list[int], list[int]]] = {}
         for index, visit in zip(indices, visits, strict=True):
             rows, times = groups.setdefault(int(self.cache.places[index]), ([], []))
@@ -108,9 +114,22 @@ class Source:
             )
 
     def share(self, draw: int, batch: int, rank: int, world: int) -> tuple[list[int], list[int]]:
-        """Rows of one rank for the ``draw``-th batch: contiguous slices that differ by at most one row."""
+        """Rows of one rank for the ``draw``-th batch: contiguous slices that differ by at most one row, or one group."""
+        if self.group > 1:
+            groups = self.cut(*self.rows(draw * batch, batch), self.group)
+            return joined(groups[slice(*(round(len(groups) * r / world) for r in (rank, rank + 1)))])
         cuts = [round(batch * r / world) for r in range(world + 1)]
         return self.rows(draw * batch + cuts[rank], cuts[rank + 1] - cuts[rank])
+
+    def portion(self, rank: int, world: int) -> list[int]:
+        """One rank's part of all rows, group by group."""
+        rows = self.indices.tolist()
+        return joined(self.cut(rows, [0] * len(rows), self.group)[rank::world])[0] if self.group > 1 else rows[rank::world]
+
+
+def joined(parts: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], list[int]]:
+    """Rows and visits of several lists as one."""
+    return [row for rows, _ in parts for row in rows], [visit for _, visits in parts for visit in visits]
 
 
 def in_runs(order: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -101,6 +101,10 @@ class Method(Generic[C]):
     roles: tuple[str, ...] = ("student",)
     phases: tuple[Phase, ...] = (Phase("main", ("student",)),)
     couples: Literal["none", "group", "batch"] = "none"
+    group: int = 1
+    """Rows of a step that are compared with one another: neither micro-batches nor processes part them."""
+    users: tuple[str, ...] = ()
+    """Names behind the data's column ``user``, where it has one; known before ``build``."""
     repeated: ClassVar[str] = ""
     """The field of Config, if any, that counts equal steps inside one loss: a plan runs few and reckons the others."""
 

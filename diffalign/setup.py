@@ -23,9 +23,10 @@ from .context import Context, Reward
 from .data.cache import LatentCache, open_cache
 from .data.files import cache_root
 from .data.rowfile import read_rows
-from .data.rowtable import ImageRows, PairRows, Stream
+from .data.rowtable import Rows, Stream
 from .data.source import Source, split_heldout
 from .errors import UserError, nearest
+from .facts import recorded
 from .families import Model, load_model, pick_device, pick_dtype
 from .families.quantise import check_quantize
 from .methods import make_method
@@ -35,8 +36,6 @@ from .reference import check_reference, reference_errors
 from .roles import BASE, Roles
 from .shards import check_parallel, make_mesh
 from .trainer import Trainer
-
-Rows = PairRows | ImageRows
 
 
 @dataclass
@@ -159,7 +158,7 @@ def load_rewards(method: Method[Any], device: torch.device, autocast: torch.dtyp
     return found
 
 
-def count_long_prompts(rows: PairRows | ImageRows, model: Model) -> tuple[int, int]:
+def count_long_prompts(rows: Rows, model: Model) -> tuple[int, int]:
     """(prompts that the text encoder cuts, different prompts)."""
     cut = distinct = 0
     for texts in rows.distinct_prompts():
@@ -168,7 +167,7 @@ def count_long_prompts(rows: PairRows | ImageRows, model: Model) -> tuple[int, i
     return cut, distinct
 
 
-def fit_columns(method: Method[Any], name: str, rows: PairRows | ImageRows, training: np.ndarray) -> None:
+def fit_columns(method: Method[Any], name: str, rows: Rows, training: np.ndarray) -> None:
     """Shows a method the columns that it needs, those of the training rows.
 
     Raises UserError when a row has no value in one of them."""
@@ -183,6 +182,37 @@ def fit_columns(method: Method[Any], name: str, rows: PairRows | ImageRows, trai
             )
         columns[column] = torch.from_numpy(values[training])
     method.fit(columns)
+
+
+def check_texts(method: Method[Any], name: str, rows: Rows) -> str:
+    """What to say of rows without the texts that a method needs; "" where all have them.
+
+    Raises UserError when no row has them."""
+    said = []
+    for text in method.needs.texts:
+        if text not in rows.present:
+            raise UserError(
+                f"method '{name}' needs a caption for each picture and no row has '{text}'; make them with `diffalign "
+                "pairs caption`, or set data.perturb=medium"
+            )
+        absent = sum(batch.column(text).null_count for batch in rows.batches())
+        if absent:
+            said.append(f"{absent} of {len(rows)} rows have no {text}: the prompt stands for both of their pictures")
+    return "; ".join(said)
+
+
+def check_students(method: Method[Any], recipe: Recipe, model: Model) -> None:
+    """That the method's times lie in the model's schedule, and are of a student that ``model.loras`` brings.
+
+    Raises UserError when they do not, or when they have more steps than the student was made for."""
+    record = method.sampling(model.scheduler_config)
+    for lora in recipe.model.loras if record is not None else ():
+        made = recorded(lora.path)
+        if made is not None and record is not None and record.steps > made.steps:
+            raise UserError(
+                f"method '{recipe.method.name}' trains {record.steps} steps, but the student '{lora.path}' was made "
+                f"for {made.summary()}; give the method its timesteps"
+            )
 
 
 def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, int], None] | None = None) -> Parts:
@@ -205,7 +235,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     check_quantize(recipe.model.quantize, recipe.model.storage)
     if recipe.train.batch < world:
         raise UserError(f"train.batch {recipe.train.batch} is less than the {world} processes; raise it")
-    if method.needs.batch not in {"pair", "image"}:
+    if method.needs.batch not in {"pair", "image", "prompt"}:
         raise UserError(f"method '{recipe.method.name}' needs {method.needs.batch} rows, which no reader gives yet")
     if recipe.data.reference_errors:
         check_reference(recipe, method)
@@ -213,6 +243,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
         rows, report = read_rows(recipe.data, method.needs.batch)
     if not isinstance(rows, Stream):
         say(report.summary())
+        check_texts(method, recipe.method.name, rows)
     model, dtype = load_base(recipe, device)
     cache = open_cache(
         rows,
@@ -226,6 +257,10 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     )
     if isinstance(rows, Stream):
         say(report.summary())
+    bare = check_texts(method, recipe.method.name, cache.rows)
+    if bare:
+        say(f"note: {bare}")
+    check_students(method, recipe, model)
     cut, distinct = count_long_prompts(cache.rows, model)
     if cut:
         say(f"{cut} of {distinct} prompts are longer than the text encoder takes; they are cut")
@@ -253,6 +288,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
         autocast_dtype(recipe.train.precision, device),
         load_rewards(method, device, autocast_dtype(recipe.train.precision, device)),
         model.decode_with_gradient if method.needs.decode else None,
+        latent_shape=(model.vae.config.latent_channels, *model.latent_size(cache.resolution, cache.resolution)),
     )
     if recipe.model.compile:
         from .families import compile_unet

@@ -108,7 +108,7 @@ class Trainer:
         cuts = self.source.cut(indices, visits, self.micro)
         shares = (self.source.share(draw, self.recipe.batch, rank, self.world) for rank in range(self.world))
         for batch in (*(self.source.load(*cut) for cut in cuts), *self.padding(self.source, cuts, shares)):
-            shape = next(iter(batch.latents.values())).shape[1:]
+            shape = self.ctx.shape_of(batch)
             for slot in users:
                 for tag in self.method.needs.draws:
                     batch.drawn[draw_key(tag, slot.phase.name, slot.repeat)] = draw_noise(

@@ -156,7 +156,8 @@ def test_packed_rows_are_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert found.columns == ["chosen_score", "rejected_score", "tie"] and found.two_prompts
     assert [d.tobytes().hex() for d in found.digests("rejected")] == [row.rejected.digest for row in rows]
     assert found.sizes("chosen").tolist() == [[*row.chosen.size] for row in rows if row.chosen.size]
-    assert [t for part in found.distinct_prompts() for t in part] == [f"thing {n}" for n in range(51)]
+    asked = dict.fromkeys(text for row in rows for text in row.prompts.values())
+    assert [t for part in found.distinct_prompts() for t in part] == list(asked)
     winners = found.winners()
     assert [w.image for w in winners] == [row.chosen for row in rows] and winners[4].score == 2.0
     assert found._mapped > 0 and not list((tmp_path / "spilled").iterdir())  # mapped, and gone with the process

@@ -29,7 +29,7 @@ WIDTH, TOKENS = 16, 5
 
 
 class Rows:
-    """Random pairs in memory, with what a cache offers to a Source."""
+    """Random rows of a kind in memory, with what a cache offers to a Source."""
 
     def __init__(self, n: int = 12, seed: int = 3, kind: str = "pair") -> None:
         self.kind = kind
@@ -41,14 +41,18 @@ class Rows:
         scores = keyed.normal((2, n), seed, "scores")
         self.columns = {"chosen_score": scores.amax(0) + 1, "rejected_score": scores.amin(0) - 1}
 
+    def latents(self) -> dict[str, Tensor]:
+        """Those that batches of this kind have."""
+        if self.kind == "prompt":
+            return {}
+        return {"chosen": self.chosen, "rejected": self.rejected} if self.kind == "pair" else {"image": self.chosen}
+
     def batch(self, indices: Sequence[int], visits: Sequence[int], seed: int = 0) -> Batch:
         rows = list(indices)
         return Batch(
             tuple(self.ids[i] for i in rows),
             tuple(visits),
-            {"chosen": self.chosen[rows], "rejected": self.rejected[rows]}
-            if self.kind == "pair"
-            else {"image": self.chosen[rows]},
+            {name: latents[rows] for name, latents in self.latents().items()},
             {"prompt": Cond(self.embeds[rows])},
             {name: column[rows] for name, column in self.columns.items()},
             torch.ones(len(rows)),
@@ -70,7 +74,8 @@ def make_roles(names: Sequence[str] = ("student",), storage: str = "adapters", *
 
 def make_context(roles: Roles, seed: int = 0, **options: Any) -> Context:
     uncond = Cond(torch.zeros(1, TOKENS, WIDTH))
-    return Context(roles, Denoiser.from_config(SD_SCHEDULE), seed, torch.device("cpu"), uncond, **options)
+    denoiser, device = Denoiser.from_config(SD_SCHEDULE), torch.device("cpu")
+    return Context(roles, denoiser, seed, device, uncond, latent_shape=(4, 8, 8), **options)
 
 
 @functools.cache
@@ -177,10 +182,10 @@ def every_method() -> list[Method[Any]]:
     # beta 5000 turns the rounding of errors near 1 into 1e-3 of a logit; the contract is about everything else
     moderate = {
         "dpo": {"beta": 100.0},
+        "dcpo": {"beta": 100.0},
         "dspo": {"beta": 1.0},  # at the authors' 0.001 the logit is rounding
         "inpo": {"beta": 100.0, "eta": 0.0, "inversion_steps": 3},  # winner's and loser's eta noise differ
         "smpo": {"beta": 20.0, "inversion_steps": 3, "score_range": [-4.0, 4.0]},
         "inversion_dpo": {"beta": 100.0, "inversion_steps": 3},
     }
-    found = [make_method(name, moderate.get(name, {})) for name in method_modules()]
-    return [method for method in found if method.needs.batch in ("pair", "image")] + [TwoRole(TwoRoleConfig())]
+    return [make_method(name, moderate.get(name, {})) for name in method_modules()] + [TwoRole(TwoRoleConfig())]

@@ -75,7 +75,8 @@ class Batch:
     ``columns`` numbers (B,). ``weight`` (B,) is 0 for padding rows. ``drawn`` holds (t, noise)
     drawn ahead by the loader. ``sizes`` (B, 6) fp32 are by the names of ``latents``: height and width of the original,
     top and left of the crop in the resized picture, height and width of what was encoded, all in pixels. ``prompts``
-    (B) are the texts themselves, as scorers read them.
+    (B) are the texts themselves, as scorers read them. A batch of prompts alone has no ``latents``; its ``sizes`` has
+    the name ``image``: a whole picture at the run's resolution.
     """
 
     ids: tuple[str, ...]

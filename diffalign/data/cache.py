@@ -39,14 +39,13 @@ from .fill import (
 )
 from .keyindex import key_array
 from .layout import CachePlan, is_flat, made_by_of, refuse_other, resolution_of, store_folder
-from .rows import ImageRow, PairRow, digest_of
-from .rowtable import ImageRows, PairRows, Stream, packed
+from .rows import Row, digest_of
+from .rowtable import Rows, Stream, packed
 from .store import Store, fingerprint_of
 
 if TYPE_CHECKING:
     from ..families import Model
 
-Row = PairRow | ImageRow
 Columns = Mapping[str, Tensor]
 
 
@@ -75,7 +74,7 @@ class LatentCache:
     """
 
     def __init__(self, rows: Sequence[Row], model: Model, recipe: DataRecipe, ranks: Ranks, root: Path | None) -> None:
-        self.rows: PairRows | ImageRows = packed(rows)
+        self.rows: Rows = packed(rows)
         self.model, self.recipe, self.ranks, self.root = model, recipe, ranks, root
         self.resolution = resolution_of(model, recipe)
         self.buckets = buckets_of(model, recipe, self.resolution)
@@ -103,6 +102,8 @@ class LatentCache:
     @cached_property
     def places(self) -> np.ndarray:
         """(n,) uint16: the number of each row's bucket. Rows of one batch must have the same."""
+        if not self.rows.sides:
+            return np.zeros(len(self.rows), np.uint16)
         return self.buckets.assign(self.rows.sizes(self.rows.sides[0]))
 
     def items(self, indices: Sequence[int], mirrored: Sequence[bool] | None = None) -> list[Item]:
@@ -120,7 +121,7 @@ class LatentCache:
                 {k: conds[text] for k, text in words.items()},
                 self._columns(i, row),
                 {k: pictures[job.key]["std"] for k, job in named.items() if "std" in pictures[job.key]},
-                {k: self._sizes(pictures[job.key]) for k, job in named.items()},
+                {k: self._sizes(pictures[job.key]) for k, job in named.items()} or {"image": self._square()},
                 row.prompt,
             )
             for i, row, named, words in zip(indices, rows, jobs, texts, strict=True)
@@ -236,6 +237,11 @@ class LatentCache:
     def _sizes(self, entry: Mapping[str, Tensor]) -> Tensor:
         """(6,) as in `Item`; the last two follow from the latents."""
         return torch.cat([entry["size"], torch.tensor(entry["mean"].shape[-2:]) * self.model.factor])
+
+    def _square(self) -> Tensor:
+        """(6,) as in `Item` of a picture that a prompt's row will get: uncut, at the resolution."""
+        side = float(self.resolution)
+        return torch.tensor([side, side, 0.0, 0.0, side, side])
 
     def _columns(self, i: int, row: Row) -> dict[str, float]:
         values = row.columns

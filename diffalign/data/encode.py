@@ -19,8 +19,8 @@ from .batch import Cond
 from .buckets import Buckets
 from .images import ImageError, Prepared, load_image, prepare
 from .keyindex import key_array
-from .rows import ImageRef, ImageRow, PairRow, digest_of
-from .rowtable import ImageRows, PairRows
+from .rows import ImageRef, Row, digest_of
+from .rowtable import Rows
 from .scan import workers
 
 if TYPE_CHECKING:
@@ -60,8 +60,10 @@ def picture_job(
     return Job(key, ref, size, sample if recipe.crop == "random" else "", mirrored)
 
 
-def row_jobs(row: PairRow | ImageRow, recipe: DataRecipe, buckets: Buckets, mirrored: bool = False) -> dict[str, Job]:
+def row_jobs(row: Row, recipe: DataRecipe, buckets: Buckets, mirrored: bool = False) -> dict[str, Job]:
     """The pictures of a row by name, all in the bucket of the first (a pair's winner)."""
+    if not row.images:
+        return {}
     size = next(iter(row.images.values())).size or (1, 1)
     target = buckets.of(size)
     return {name: picture_job(ref, row.id, recipe, target, mirrored) for name, ref in row.images.items()}
@@ -72,8 +74,10 @@ def orientations(recipe: DataRecipe) -> tuple[bool, ...]:
     return (False, True) if recipe.flip else (False,)
 
 
-def picture_keys(rows: PairRows | ImageRows, recipe: DataRecipe, buckets: Buckets) -> np.ndarray:
+def picture_keys(rows: Rows, recipe: DataRecipe, buckets: Buckets) -> np.ndarray:
     """(n, 2) uint64: the keys of every row's pictures, by row, side and orientation."""
+    if not rows.sides:
+        return np.zeros((0, 2), np.uint64)
     digests = np.stack([rows.digests(side) for side in rows.sides], 1)
     if not recipe.buckets and recipe.crop == "center" and not recipe.flip:
         return digests.reshape(-1, 2)
@@ -89,7 +93,7 @@ def picture_keys(rows: PairRows | ImageRows, recipe: DataRecipe, buckets: Bucket
     return key_array(keys())
 
 
-def prompt_keys(rows: PairRows | ImageRows) -> np.ndarray:
+def prompt_keys(rows: Rows) -> np.ndarray:
     """(n, 2) uint64: the keys of every row's prompts, by row; two a row where some row has a second one."""
 
     def keys() -> Iterator[str]:

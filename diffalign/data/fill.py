@@ -30,7 +30,8 @@ from .layout import CachePlan, entry_bytes
 from .store import Store, free_bytes, rows_per_shard
 
 if TYPE_CHECKING:
-    from .cache import LatentCache, Row
+    from .cache import LatentCache
+    from .rows import Row
 
 UNCOND = "unconditional"
 SPECIAL = ("", UNCOND)  # the empty prompt and the unconditional branch are in every cache
@@ -231,7 +232,7 @@ def fill_stream(cache: LatentCache, rows: Iterator[Row], progress: Progress | No
 
     def jobs() -> Iterator[Job]:
         for number, row in enumerate(rows):
-            cache.rows.append(row)  # type: ignore[arg-type]
+            cache.rows.append(row)
             mine = number // TURN % ranks.world == ranks.rank
             fresh = [text for text in row.prompts.values() if new(cache.stores["prompts"], prompt_key(text))]
             texts.extend(fresh if mine else ())

@@ -3,7 +3,7 @@
 Pairs: columns ``prompt`` (or ``caption``), ``chosen``, ``rejected`` (or ``chosen_file_name``,
 ``rejected_file_name``), optional ``rejected_prompt``, ``chosen_score``, ``rejected_score``, ``tie`` and ``label``
 (1: as written, 0.5: tie, 0: the other way round); or Pick-a-Pic's ``caption``, ``jpg_0``, ``jpg_1``, ``label_0``,
-``label_1``, ``has_label``.
+``label_1``, ``has_label``, with ``caption_0``, ``caption_1`` where each picture has a caption (Pick-Double Caption).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from ..recipe import DataRecipe
 from .files import cache_root
 from .filters import Filters, Names, number_of
 from .images import ImageError
+from .perturb import LEVELS, perturb
 from .rows import BadRow, ImageRef, ImageRow, ImageSet, PairRow, PairSet, Report, digest_of
 from .rowtable import ImageRows, PairRows, R
 from .scan import KEEP_FROM, SAVE_EVERY, Look, Scanner
@@ -30,6 +31,7 @@ from .tables import open_table
 
 Progress = Callable[[int, int], None]
 CHUNK = 256
+D = TypeVar("D")
 IDS = ("id", "ranking_id", "pair_id")
 
 
@@ -72,7 +74,8 @@ def read_pairs(recipe: DataRecipe, progress: Progress | None = None) -> PairSet:
     Policies: ``ties`` skip; random (a coin keyed by the id); keep (as written, marked ``tie=True``). ``duplicates``
     skip leaves out pairs of two equal pictures (bytes or pixels) and pairs that were there before (same prompt and
     pictures, whichever was preferred). ``shuffle_labels`` swaps winner and loser by a coin keyed by the id: the control
-    run. ``max_pairs`` stops after that many usable rows. Rows whose data are flawed are left out, or, with ``strict``,
+    run. ``perturb`` gives losers without a caption of their own the prompt, made worse by fixed rules (`data.perturb`).
+    ``max_pairs`` stops after that many usable rows. Rows whose data are flawed are left out, or, with ``strict``,
     refused.
 
     Raises:
@@ -124,7 +127,7 @@ def read_images(recipe: DataRecipe, progress: Progress | None = None) -> ImageSe
 def open_images(recipe: DataRecipe, progress: Progress | None = None, table: Table | None = None) -> Reading[ImageRow]:
     """The same, one after another; what :func:`read_images` raises at its end comes after the last row."""
     table = table or table_of(recipe)
-    prompt = _column(table, ("prompt", "caption", "text"))
+    prompt = prompt_column(table)
     image = _column(table, ("file_name", "image"))
     ids = _own_ids(table)
     report = Report(table.label, table.format)
@@ -133,7 +136,7 @@ def open_images(recipe: DataRecipe, progress: Progress | None = None, table: Tab
         return Draft(
             table.place(i),
             str(table.value(i, ids)) if ids else "",
-            (_prompt(table, i, prompt), None),
+            (prompt_of(table, i, prompt), None),
             (table.ref(i, image),),
             (_number(table, i, "score"),),
         )
@@ -209,8 +212,8 @@ def _walk(
     report.available = len(table.bad) + (table.total or start)
 
 
-def draft_or_flaw(table: Table, i: int, draft: Callable[[int], Draft]) -> Draft | BadRow:
-    """A row before its pictures were looked at, or why there is none."""
+def draft_or_flaw(table: Table, i: int, draft: Callable[[int], D]) -> D | BadRow:
+    """A row before its pictures were looked at (or what else ``draft`` makes of it), or why there is none."""
     try:
         return draft(i)
     except (ImageError, _BadValue) as error:
@@ -237,7 +240,11 @@ def make_pair(
     row = replace(row, id=draft.id or names.take(content))
     if tie and recipe.ties == "random":
         row = replace(_swapped(row) if _coin("tie", row.id) else row, tie=False)
-    return _swapped(row) if recipe.shuffle_labels and _coin("shuffle_labels", row.id) else row
+    if recipe.shuffle_labels and _coin("shuffle_labels", row.id):
+        row = _swapped(row)
+    if recipe.perturb and row.rejected_prompt is None:
+        row = replace(row, rejected_prompt=perturb(row.prompt, LEVELS[recipe.perturb]))
+    return row
 
 
 def _swapped(row: PairRow) -> PairRow:
@@ -281,12 +288,14 @@ class PairColumns:
     scores: tuple[str, str]
     pick: bool
     ids: str | None
+    other: str = "rejected_prompt"  # the second picture's own prompt
 
     @staticmethod
     def of(table: Table) -> PairColumns:
         """Raises UserError that names the missing column."""
-        prompt = _column(table, ("prompt", "caption"))
         pick = "jpg_0" in table.columns or "jpg_1" in table.columns
+        double = pick and {"caption_0", "caption_1"} <= set(table.columns)
+        prompt = "caption_0" if double else _column(table, ("prompt", "caption"))
         if pick:
             images = _column(table, ("jpg_0",)), _column(table, ("jpg_1",))
             _column(table, ("label_0",))
@@ -294,12 +303,13 @@ class PairColumns:
         else:
             images = _column(table, ("chosen", "chosen_file_name")), _column(table, ("rejected", "rejected_file_name"))
             scores = ("chosen_score", "rejected_score")
-        return PairColumns(table, prompt, images, scores, pick, _own_ids(table))
+        other = "caption_1" if double else "rejected_prompt"
+        return PairColumns(table, prompt, images, scores, pick, _own_ids(table), other)
 
     def fields(self) -> list[str]:
         """The optional plain columns that rows of this table can have values in, under the names of a pair."""
         has = set(self.table.columns)
-        found = ["rejected_prompt"] if "rejected_prompt" in has else []
+        found = ["rejected_prompt"] if self.other in has else []
         if self.scores[0] in has and self.scores[1] in has:
             found += ["chosen_score", "rejected_score"]
         return found + (["tie"] if self.pick or has & {"tie", "label"} else [])
@@ -307,13 +317,13 @@ class PairColumns:
     def draft(self, i: int) -> Draft:
         """Raises ImageError or _BadValue for a row that cannot be read."""
         table = self.table
-        other = table.value(i, "rejected_prompt")
+        other = table.value(i, self.other)
         if other is not None and not isinstance(other, str):
-            raise _BadValue("malformed row", "'rejected_prompt' is no text")
+            raise _BadValue("malformed row", f"'{self.other}' is no text")
         return Draft(
             table.place(i),
             str(table.value(i, self.ids)) if self.ids else "",
-            (_prompt(table, i, self.prompt), other and _whole(other, "rejected_prompt")),
+            (prompt_of(table, i, self.prompt), other and _whole(other, self.other)),
             tuple(table.ref(i, column) for column in self.images),
             tuple(_number(table, i, column) for column in self.scores),
             self._picked(i) if self.pick else self._written(i),
@@ -351,6 +361,11 @@ def _column(table: Table, names: tuple[str, ...]) -> str:
     raise UserError(f"'{table.label}' has no column {wanted}; it has {', '.join(table.columns)}{hint}")
 
 
+def prompt_column(table: Table) -> str:
+    """The column of the prompts of captioned pictures. Raises UserError where there is none."""
+    return _column(table, ("prompt", "caption", "text"))
+
+
 def _own_ids(table: Table) -> str | None:
     """The column of the rows' own ids, where every row has one and no two are equal. A stream cannot tell ahead."""
     for name in IDS if table.total else ():
@@ -372,7 +387,8 @@ def _all_differ(table: Table, column: str) -> bool:
     return len(np.unique(numbers)) == len(numbers)
 
 
-def _prompt(table: Table, i: int, column: str) -> str:
+def prompt_of(table: Table, i: int, column: str) -> str:
+    """A row's prompt. Raises what `draft_or_flaw` knows."""
     value = table.value(i, column)
     if not isinstance(value, str) or not value.strip():
         raise _BadValue("no prompt", "" if value is None or isinstance(value, str) else f"'{column}' is no text")

@@ -18,9 +18,10 @@ import pyarrow as pa
 from ..recipe import DataRecipe
 from .files import file_sha256, make_folder, remove_leftovers, replacing, write_atomic
 from .images import ImageError
+from .prompts import is_prompt_list, open_prompts, read_prompt_list
 from .readers import open_images, open_pairs, row_folder, table_of
 from .rows import FLAWS, BadRow, ImageRow, PairRow, Report, digest_of
-from .rowtable import ImageRows, PairRows, Stream
+from .rowtable import ImageRows, PairRows, PromptRows, Rows, Stream
 from .scan import KEEP_FROM
 from .table import Table
 
@@ -32,10 +33,9 @@ APART = {"resolution", "buckets", "crop", "flip", "caption_dropout", "cache", "c
 APART |= {"encode_batch", "reference_errors", "streaming"}
 
 
-def read_rows(
-    recipe: DataRecipe, kind: str, progress: Progress | None = None
-) -> tuple[PairRows | ImageRows | Stream, Report]:
-    """Rows of the kind a method needs: ``pair``, or ``image`` (captioned pictures, or the chosen ones of pairs).
+def read_rows(recipe: DataRecipe, kind: str, progress: Progress | None = None) -> tuple[Rows | Stream, Report]:
+    """Rows of the kind a method needs: ``pair``, ``image`` (captioned pictures, or the chosen ones of pairs), or
+    ``prompt`` (a list of prompts, or the different prompts of any rows).
 
     Where a file of an earlier reading still holds, it is mapped. With ``data.streaming`` the rows are a stream, and the
     report is complete when it has passed.
@@ -43,17 +43,25 @@ def read_rows(
     Raises:
         UserError: as ``read_pairs``.
     """
+    if kind == "prompt" and is_prompt_list(recipe.path):
+        return read_prompt_list(recipe)
     table = table_of(recipe)
-    pairs = kind == "pair" or bool(PAIR_COLUMNS & set(table.columns))
-    kept = RowFile(recipe, table, pairs)
+    stored = "pair" if kind == "image" and PAIR_COLUMNS & set(table.columns) else kind
+    packed, opened = {
+        "pair": (PairRows, open_pairs),
+        "image": (ImageRows, open_images),
+        "prompt": (PromptRows, open_prompts),
+    }[stored]
+    kept = RowFile(recipe, table, packed)
     rows, report = kept.load() or (None, None)
     if rows is None or report is None:
-        reading: Any = (open_pairs if pairs else open_images)(recipe, progress, table)
-        rows, report = (PairRows if pairs else ImageRows)(table, row_folder(recipe)), reading.report
+        reading: Any = opened(recipe, progress, table)
+        rows, report = packed(table, row_folder(recipe)), reading.report
         if recipe.streaming:
-            passing = _winners(reading.rows) if pairs and kind == "image" else reading.rows
-            if pairs and kind == "image":
-                rows, kept = ImageRows(table, row_folder(recipe)), RowFile(recipe, table, False)
+            passing = reading.rows
+            if stored != kind:
+                rows, passing = ImageRows(table, row_folder(recipe)), _winners(passing)
+                kept = RowFile(recipe, table, ImageRows)
             return Stream(passing, rows, lambda done: kept.save(done, reading.report)), report
         rows.extend(reading.rows)
         kept.save(rows, report)
@@ -67,11 +75,11 @@ def _winners(rows: Iterator[PairRow]) -> Iterator[ImageRow]:
 class RowFile:
     """Where the rows of a recipe's data lie, if they can be kept at all: the data must have a signature."""
 
-    def __init__(self, recipe: DataRecipe, table: Table, pairs: bool) -> None:
-        self.table, self.pairs, self.always = table, pairs, recipe.streaming
+    def __init__(self, recipe: DataRecipe, table: Table, kind: type[Rows]) -> None:
+        self.table, self.kind, self.always = table, kind, recipe.streaming
         signature, folder = table.signature(), row_folder(recipe)
         settings = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in APART}
-        text = json.dumps([settings, str(Path(recipe.path).absolute()), pairs, CODE], sort_keys=True)
+        text = json.dumps([settings, str(Path(recipe.path).absolute()), kind.__name__, CODE], sort_keys=True)
         self.name = digest_of(text.encode())[:20]
         self.folder = folder if signature and folder is not None else None
         self.of = digest_of(text.encode(), signature.encode())
@@ -81,7 +89,7 @@ class RowFile:
         assert self.folder is not None
         return self.folder / f"{self.name}.arrow"
 
-    def load(self) -> tuple[PairRows | ImageRows, Report] | None:
+    def load(self) -> tuple[Rows, Report] | None:
         """The rows and their account; None when there is no file of this very data."""
         if self.folder is None or not self.path.is_file():
             return None
@@ -92,8 +100,7 @@ class RowFile:
                 return None
             if note["changed"] != state.st_mtime_ns and note["sha256"] != file_sha256(self.path):
                 return None
-            kind = PairRows if self.pairs else ImageRows
-            rows = kind.mapped(self.path, self.table, note["present"])
+            rows = self.kind.mapped(self.path, self.table, note["present"])
             if note["pictures"] != self._pictures(rows):
                 return None
             known = {field.name for field in fields(Report)}
@@ -102,7 +109,7 @@ class RowFile:
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowInvalid, ImageError):
             return None
 
-    def save(self, rows: PairRows | ImageRows, report: Report) -> None:
+    def save(self, rows: Rows, report: Report) -> None:
         """Write the rows, unless they are few (reading again is as fast) or a mended picture could change them.
 
         Raises RunError when the disk is full."""
@@ -130,7 +137,7 @@ class RowFile:
         }
         write_atomic(self.path.with_suffix(".json"), json.dumps(note).encode())
 
-    def _pictures(self, rows: PairRows | ImageRows) -> str | None:
+    def _pictures(self, rows: Rows) -> str | None:
         """One hash of the state of all pictures that are files of their own; "" where the table holds them, None when
         they have no state that could be compared."""
         if not len(rows):

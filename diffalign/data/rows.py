@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -88,6 +88,25 @@ class ImageRef:
         return self.digest or digest_of(self.read())
 
 
+class Row(Protocol):
+    """What rows of every kind have: pictures, prompts and numbers by name."""
+
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def prompt(self) -> str: ...
+
+    @property
+    def images(self) -> dict[str, ImageRef]: ...
+
+    @property
+    def prompts(self) -> dict[str, str]: ...
+
+    @property
+    def columns(self) -> Mapping[str, float | None]: ...
+
+
 @dataclass(frozen=True)
 class PairRow:
     """One preference: ``chosen`` was liked better than ``rejected`` for ``prompt``.
@@ -140,6 +159,26 @@ class ImageRow:
 
 
 @dataclass(frozen=True)
+class PromptRow:
+    """A prompt alone, for methods that draw their own pictures."""
+
+    id: str
+    prompt: str
+
+    @property
+    def images(self) -> dict[str, ImageRef]:
+        return {}
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        return {"prompt": self.prompt}
+
+    @property
+    def columns(self) -> dict[str, float | None]:
+        return {}
+
+
+@dataclass(frozen=True)
 class BadRow:
     """A row that is not used: where it stands, the heading it is counted under, and the detail."""
 
@@ -155,7 +194,8 @@ class BadRow:
 
 @dataclass
 class Report:
-    """What a reader found. ``rows`` were looked at, ``usable`` are handed on."""
+    """What a reader found. ``rows`` were looked at, ``usable`` are handed on. ``repeated``: rows whose prompt came
+    before, where rows are read for their prompts alone."""
 
     source: str
     format: str
@@ -163,12 +203,15 @@ class Report:
     usable: int = 0
     ties_kept: int = 0
     available: int = 0
+    repeated: int = 0
     bad: list[BadRow] = field(default_factory=list)
 
     @property
     def counts(self) -> dict[str, int]:
         """How many rows were left out, by reason, most frequent first."""
-        return dict(Counter(row.reason for row in self.bad).most_common())
+        found = Counter(row.reason for row in self.bad)
+        found.update({"repeated prompt": self.repeated} if self.repeated else {})
+        return dict(found.most_common())
 
     @property
     def flaws(self) -> list[BadRow]:

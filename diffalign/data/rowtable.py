@@ -22,7 +22,7 @@ import pyarrow as pa
 from .files import make_folder
 from .images import ImageError
 from .keyindex import first_places, key_array
-from .rows import Cell, ImageRef, ImageRow, PairRow, digest_of
+from .rows import Cell, ImageRef, ImageRow, PairRow, PromptRow, Row, digest_of
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 CHUNK = 4096
 SPILL = 32 * 2**20
-R = TypeVar("R", PairRow, ImageRow)
+R = TypeVar("R", bound=Row)
 
 
 class Gone:
@@ -286,20 +286,32 @@ class Packed(Sequence[R], Generic[R]):
         return np.concatenate([np.zeros(0), *given])
 
     def distinct_prompts(self) -> Iterator[list[str]]:
-        """Every prompt once, some thousands at a time."""
-        first = first_places(key_array(digest_of(text.encode()) for text in Column(self, "prompt")))
-        start = 0
+        """Every prompt once, those of losers too, some thousands at a time."""
+        keys = key_array(digest_of(text.encode()) for texts in self._prompts() for text in texts)
+        first, start = first_places(keys), 0
+        for texts in self._prompts():
+            mine = first[np.searchsorted(first, start) : np.searchsorted(first, start + len(texts))] - start
+            yield [texts[i] for i in mine.tolist()]
+            start += len(texts)
+
+    def _prompts(self) -> Iterator[list[str]]:
+        """The prompts of all rows, a list a batch."""
         for batch in self.batches():
-            mine = first[np.searchsorted(first, start) : np.searchsorted(first, start + len(batch))] - start
-            yield batch.column("prompt").take(pa.array(mine)).to_pylist()
-            start += len(batch)
+            columns = [batch.column(name).to_pylist() for name in self.texts if name in ("prompt", *self.present)]
+            yield [text for texts in zip(*columns, strict=True) for text in texts if text is not None]
 
     def update_hash(self, digest: _Hash) -> None:
-        """Feed ids, pictures and prompts, in order, to a hash."""
+        """Feed what the rows are, in order, to a hash: ids, pictures, prompts and numbers."""
+        names = ["id", *(f"{side}_digest" for side in self.sides), *(n for n in self.texts if n in self.present)]
         for batch in self.batches():
-            names = ("id", *(f"{side}_digest" for side in self.sides), "prompt")
-            for own, *pictures, prompt in zip(*(batch.column(n).to_pylist() for n in names), strict=True):
-                digest.update(f"\n{own} {' '.join(p.hex() for p in pictures)} {prompt}".encode())
+            for own, *parts in zip(*(batch.column(n).to_pylist() for n in names), strict=True):
+                words = (p.hex() if isinstance(p, bytes) else str(p) for p in parts)
+                digest.update(f"\n{own} {' '.join(words)}".encode())
+        for name in self.columns:
+            digest.update(name.encode() + self.values(name).tobytes())
+
+
+Rows = Packed[Any]
 
 
 class PairRows(Packed[PairRow]):
@@ -334,6 +346,17 @@ class PairRows(Packed[PairRow]):
         return found
 
 
+class PromptRows(Packed[PromptRow]):
+    """Prompts without pictures."""
+
+    sides = ()
+    texts = ("prompt",)
+    numbers = ()
+
+    def _row(self, values: dict[str, Any]) -> PromptRow:
+        return PromptRow(values["id"], values["prompt"])
+
+
 class ImageRows(Packed[ImageRow]):
     """Captioned pictures."""
 
@@ -350,23 +373,26 @@ class Stream:
     """Rows that pass by once; ``packed`` is empty and takes what is known of them; ``keep`` is called at the end."""
 
     rows: Iterator[Any]
-    packed: PairRows | ImageRows
-    keep: Callable[[PairRows | ImageRows], None] = lambda rows: None
+    packed: Rows
+    keep: Callable[[Rows], None] = lambda rows: None
 
-    def gather(self) -> PairRows | ImageRows:
+    def gather(self) -> Rows:
         """All rows, read to the end without their pictures being used."""
         self.packed.extend(self.rows)
         self.keep(self.packed)
         return self.packed
 
 
-def packed(rows: Sequence[PairRow | ImageRow]) -> PairRows | ImageRows:
+KINDS: dict[type, type[Rows]] = {PairRow: PairRows, ImageRow: ImageRows, PromptRow: PromptRows}
+
+
+def packed(rows: Sequence[Row]) -> Rows:
     """Rows of a list in packed form; packed ones as they are. Their pictures must be files or cells of one table."""
-    if isinstance(rows, PairRows | ImageRows):
+    if isinstance(rows, Packed):
         return rows
     first = rows[0] if rows else None
-    cell = next(iter(first.images.values())).source if first is not None else None
-    table: Any = cell.table if isinstance(cell, Cell) else None
-    found: Any = ImageRows(table) if isinstance(first, ImageRow) else PairRows(table)
+    cells = [ref.source for ref in first.images.values()] if first is not None else []
+    table: Any = cells[0].table if cells and isinstance(cells[0], Cell) else None
+    found = KINDS[type(first) if first is not None else PairRow](table)
     found.extend(rows)
     return found

@@ -92,9 +92,11 @@ class DataRecipe(Section):
     ties: Literal["skip", "keep", "random"] = "skip"
     duplicates: Literal["skip", "keep"] = "skip"
     near_duplicates: Annotated[int, Field(ge=0, le=32)] | None = None
+    scorer: str | None = None
     min_gap: float | None = None
     max_pairs: Positive | None = None
     shuffle_labels: bool = False
+    perturb: Literal["weak", "medium", "strong"] | None = None
     strict: bool = False
     caption_dropout: Fraction = 0.0
     cache: bool = True

@@ -119,6 +119,11 @@ SHEET: dict[str, dict[str, Any]] = {
     "sd15/dspo": {**SHARED, **LAUNCHER, "method.name": "dspo", "method.beta": 0.001, "train.steps": 1000},
     "sdxl/orpo": {**SHARED, **LORA, "method.name": "orpo", "method.beta": 0.1, "model.lora.rank": 4}
     | {"train.lr": 5e-4, "train.batch": 4, "data.resolution": 1024},
+    "sd21/dcpo": {**SHARED, **LAUNCHER, "method.name": "dcpo", "method.beta": 500, "method.error_space": "epsilon"}
+    | {"train.batch": 128 * 8, "train.lr": 1e-8 * 128 * 8, "data.caption_dropout": 0.0, "data.resolution": 768},
+    # no numbers of the authors: those of SD2.1 with the changes of the SDXL launcher
+    "sdxl/dcpo": {**SHARED, **LAUNCHER, **XL, "method.name": "dcpo", "method.beta": 500}
+    | {"train.batch": 128 * 8, "train.lr": 1e-8 * 128 * 8, "data.caption_dropout": 0.0},
     # DCPO's run on this model, but at its own size and on its own prediction (sheet 8.3 and 8.7)
     "sd21/dpo": {**SHARED, **LAUNCHER, "method.name": "dpo", "method.beta": 500, "method.error_space": "epsilon"}
     | {"train.batch": 128 * 8, "train.lr": 1e-8 * 128 * 8, "data.caption_dropout": 0.0, "data.resolution": 768},

@@ -120,7 +120,7 @@ def convert_pairs(
     options.check()
     table = table_of(recipe)
     columns = PairColumns.of(table)
-    if options.format == "pickapic" and "rejected_prompt" in table.columns:
+    if options.format == "pickapic" and "rejected_prompt" in columns.fields():
         raise UserError("Pick-a-Pic's columns have no place for 'rejected_prompt'; convert to another format")
     work = Work(table, columns, recipe, target, options)
     try:

@@ -29,6 +29,10 @@ class Interrupted(RunError):
     exit_status = 130
 
 
+class Note(UserWarning):
+    """Something a person should know that stops nothing; the command line shows it in one line."""
+
+
 def one_line(text: str) -> str:
     """The text without line breaks and control characters, its middle cut out where it is very long."""
     plain = "".join(c if c.isprintable() else " " for c in text)

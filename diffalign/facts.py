@@ -6,6 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +24,9 @@ class SamplingRecord(BaseModel):
 
     ``scheduler`` is a class of diffusers and ``config`` its scheduler_config. ``timesteps``, where given, are the exact
     times, in [0, num_train_timesteps) and falling; else the scheduler chooses them for ``steps``. ``guidance`` as in
-    diffusers: 1 or less means none. ``eta`` is the share of new noise of schedulers that take it (DDIM, TCD).
+    diffusers: 1 or less means none, and then the student is never guided. ``eta`` is the share of new noise of
+    schedulers that take it (DDIM, TCD). ``scale`` multiplies the unit noise that sampling starts from (SiD: sigma of
+    its first time).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -34,6 +37,7 @@ class SamplingRecord(BaseModel):
     guidance: Annotated[float, Field(ge=0)] = 1.0
     timesteps: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    scale: Annotated[float, Field(gt=0)] = 1.0
 
     @model_validator(mode="after")
     def _fits(self) -> SamplingRecord:
@@ -55,23 +59,85 @@ class SamplingRecord(BaseModel):
         """The contents of a scheduler_config.json."""
         return {**self.config, "_class_name": self.scheduler}
 
+    @property
+    def guided(self) -> bool:
+        """Whether the student takes classifier-free guidance."""
+        return self.guidance > 1
+
+    def times(self, steps: int | None = None) -> tuple[int, ...] | None:
+        """The times of ``steps`` steps: the recorded ones, or as many of them, evenly picked, the first always.
+
+        Raises UserError for more steps than are recorded: the student saw no other times."""
+        if self.timesteps is None or steps in (None, self.steps):
+            return self.timesteps
+        assert steps is not None
+        if steps > self.steps:
+            raise UserError(
+                f"this student was made for {self.steps} step{'s' * (self.steps > 1)} (at {self._listed()}), not for "
+                f"{steps}; leave the steps out, or choose a scheduler by hand, such as lcm"
+            )
+        return tuple(self.timesteps[k * self.steps // steps] for k in range(steps))
+
     def call(self, steps: int | None = None, guidance: float | None = None) -> Json:
-        """Keyword arguments of a diffusers pipeline beside the prompt; with other ``steps`` the times are not these."""
+        """Keyword arguments of a diffusers pipeline beside the prompt. Raises UserError as ``times``."""
         options: Json = {
             "num_inference_steps": steps or self.steps,
             "guidance_scale": self.guidance if guidance is None else guidance,
         }
-        if self.timesteps is not None and steps in (None, self.steps):
-            options["timesteps"] = list(self.timesteps)
+        if (times := self.times(steps)) is not None:
+            options["timesteps"] = list(times)
         if self.eta:
             options["eta"] = self.eta
         return options
 
     def summary(self) -> str:
         """In a line, for people."""
-        times = f" at {', '.join(map(str, self.timesteps))}" if self.timesteps else ""
+        times = f" at {self._listed()}" if self.timesteps else ""
         noise = "deterministic" if self.deterministic else "new noise at every step"
-        return f"{self.scheduler}, {self.steps} steps{times}, guidance {self.guidance:g}, {noise}"
+        start = "" if self.scale == 1 else f", first noise times {self.scale:.6g}"
+        return f"{self.scheduler}, {self.steps} steps{times}, guidance {self.guidance:g}, {noise}{start}"
+
+    def _listed(self) -> str:
+        return ", ".join(map(str, self.timesteps or ()))
+
+
+# What of a scheduler's config says which noise the network was trained under.
+SCHEDULE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+
+
+def student_record(
+    scheduler: Mapping[str, Any], timesteps: Sequence[int], *, renoise: bool = True, scale: float = 1.0
+) -> SamplingRecord:
+    """How plain diffusers samples a guidance-free student at exactly ``timesteps``, from its base's scheduler config.
+
+    ``renoise``: x0 and new noise at every step (LCMScheduler; its boundary scalings are below 1e-5 from t = 20 on);
+    else deterministic DDIM steps that end on x0 itself, which is DPMSolver++ of first order, as DDIMScheduler takes no
+    times. Where the times are evenly spaced from the last one down, their number alone gives them too.
+
+    Raises UserError for times that do not fall or lie outside the schedule."""
+    config: Json = {key: scheduler[key] for key in SCHEDULE if scheduler.get(key) is not None}
+    if renoise:
+        name = "LCMScheduler"
+        config |= {"original_inference_steps": config.get("num_train_timesteps", 1000), "clip_sample": False}
+    else:
+        name = "DPMSolverMultistepScheduler"
+        config |= {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
+    config |= {"timestep_spacing": "trailing", "steps_offset": 1}  # 1, as pipelines of SD1.x want to see it
+    try:
+        return SamplingRecord(
+            scheduler=name, config=config, steps=len(timesteps), timesteps=tuple(timesteps), scale=scale
+        )
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise UserError(f"the student's timesteps {list(timesteps)}: {reason[0].lower()}{reason[1:]}") from None
 
 
 class Facts(BaseModel):

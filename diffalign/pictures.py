@@ -74,8 +74,11 @@ class Sheets:
 
         trainer, model, recipe, times = self.parts.trainer, self.parts.model, self.recipe, self.recipe.per_prompt
 
+        record = self.parts.method.sampling(model.scheduler_config) if role == "student" else None
+        guidance = recipe.guidance if record is None else max(1.0, record.guidance)
+
         def call(x: torch.Tensor, t: torch.Tensor, rows: Cond) -> torch.Tensor:
-            return trainer.ctx.model(role, x, t, rows, recipe.guidance)
+            return trainer.ctx.model(role, x, t, rows, guidance)
 
         ids = [f"{i}:{prompt}" + (f"#{k}" if k else "") for i, prompt in enumerate(self.prompts) for k in range(times)]
         cond = self.cond.take([i for i in range(len(self.prompts)) for _ in range(times)])
@@ -90,6 +93,7 @@ class Sheets:
                 steps=recipe.steps,
                 seed=recipe.seed,
                 batch=min(8, trainer.micro),
+                record=record,
             )
         self._release()
         return images

@@ -64,7 +64,17 @@ class Run:
         return [(row["step"], row[name]) for row in self.log if row["kind"] == kind and name in row]
 
     def pipeline(self, **options: Any) -> DiffusionPipeline:
-        """The trained model as a plain diffusers pipeline."""
+        """The trained model as a diffusers pipeline: plain, or a few-step student's that draws as it was distilled."""
+        from .facts import recorded
+
+        pipe, record = self._plain_pipeline(**options), recorded(str(self.model))
+        if record is None:
+            return pipe
+        from .pipelines.few_step import FewStepPipeline
+
+        return FewStepPipeline.of(pipe, record)
+
+    def _plain_pipeline(self, **options: Any) -> DiffusionPipeline:
         from diffusers import AutoencoderKL, DiffusionPipeline
 
         from .families import detect, fetch

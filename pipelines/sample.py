@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import math
 import os
@@ -19,12 +20,14 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from ..data.batch import Cond
+from ..denoiser import Predict
 from ..errors import Interrupted, RunError, UserError
 from ..eval.progress import progress_bar
 from ..eval.prompts import Prompt, prompts_sha256
 from ..facts import SamplingRecord, recorded
 from ..families.base import Model
 from ..families.device import pick_device, pick_dtype
+from ..families.schedulers import recorded_scheduler
 from ..keyed import generator, normal
 from .grid import grid
 from .loading import Opened, open_pipeline
@@ -158,7 +161,7 @@ def _run(
         images = pipeline(
             **text.rows([job.index for job in batch]),
             latents=noise.to(pipeline.device, pipeline.unet.dtype),
-            generator=[_step_noise(job) for job in batch],
+            generator=[_step_noise(job.seed, job.prompt.id, job.draw) for job in batch],
             height=height,
             width=width,
             **options,
@@ -218,8 +221,10 @@ def sample_model(
     steps: int = 20,
     seed: int = 0,
     batch: int = 8,
+    record: SamplingRecord | None = None,
 ) -> list[Image.Image]:
-    """One image a row of ``cond`` by DDIM (eta 0) on the model's own schedule, for grids while training.
+    """One image a row of ``cond``, for grids while training: by DDIM (eta 0) on the model's own schedule, or as a
+    few-step student's ``record`` says.
 
     Args:
         call: (x (B,C,h,w) fp32, t (B,) int64, cond of B rows) -> the network's own prediction, guided if so wished.
@@ -237,9 +242,29 @@ def sample_model(
         for rows in _chunks(range(len(ids)), batch):
             part = model.sized(cond.take(list(rows)), height, width).to(model.device)
             noise = torch.stack([normal(shape, seed, "sample", ids[row], 0) for row in rows]).to(model.device)
-            latents = denoiser.sample(partial(_called, call, part), noise, times)
+            if record is None:
+                latents = denoiser.sample(partial(_called, call, part), noise, times)
+            else:
+                latents = _recorded(record, partial(_called, call, part), noise, [(seed, ids[row], 0) for row in rows])
             images += to_images(model.decode(latents, batch=min(2, batch)))
     return images
+
+
+def _recorded(record: SamplingRecord, predict: Predict, noise: Tensor, keys: Sequence[tuple[int, str, int]]) -> Tensor:
+    """Latents by diffusers' own scheduler of the record, each with the step noise that `sample` gives it."""
+    scheduler = recorded_scheduler(record)
+    call = record.call()
+    scheduler.set_timesteps(
+        **({"timesteps": call["timesteps"]} if "timesteps" in call else {"num_inference_steps": record.steps})
+    )
+    known = inspect.signature(scheduler.step).parameters
+    options = {"generator": [_step_noise(*key) for key in keys], "eta": record.eta}
+    options = {name: value for name, value in options.items() if name in known}
+    x = noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        output = predict(scheduler.scale_model_input(x, t), t.to(x.device).expand(len(x)))
+        x = scheduler.step(output, t, x, **options).prev_sample
+    return x
 
 
 def _called(call: Callable[[Tensor, Tensor, Cond], Tensor], cond: Cond, x: Tensor, t: Tensor) -> Tensor:
@@ -258,9 +283,9 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield part
 
 
-def _step_noise(job: Job) -> torch.Generator:
+def _step_noise(seed: int, name: str, draw: int) -> torch.Generator:
     """For schedulers that add noise at each step; on the CPU, so that every device draws the same."""
-    key = generator(job.seed, "sample-steps", job.prompt.id, job.draw).integers(2**31)
+    key = generator(seed, "sample-steps", name, draw).integers(2**31)
     return torch.Generator("cpu").manual_seed(int(key))
 
 

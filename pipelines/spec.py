@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from ..errors import UserError
+from ..errors import Note, UserError
 from ..facts import SamplingRecord
 
 DEFAULTS: dict[str, Any] = {"steps": 25, "guidance": 7.5, "scheduler": "ddim"}
@@ -64,9 +65,15 @@ class Sampling:
     def filled(self, record: SamplingRecord | None) -> Self:
         """With what is None taken from the model's record, then from the defaults.
 
-        Raises UserError when the recorded scheduler is asked for and there is none."""
+        A student that takes no guidance is sampled without, whatever is given (warned of), unless a scheduler is
+        chosen by hand. Raises UserError when the recorded scheduler is asked for and there is none, or for more steps
+        than its times."""
         if self.scheduler == RECORDED and record is None:
             raise UserError("the model carries no scheduler of its own; choose one, such as --scheduler ddim")
+        if record is not None and self.scheduler in {None, RECORDED}:
+            record.times(self.steps)
+            guidance = allowed_guidance(record, self.guidance)
+            self = replace(self, guidance=guidance)
         known = {"steps": record.steps, "guidance": record.guidance, "scheduler": RECORDED} if record else {}
         return replace(self, **{n: v for n, v in {**DEFAULTS, **known}.items() if getattr(self, n) is None})
 
@@ -83,6 +90,16 @@ class SampleSpec(Sampling):
         super().check()
         if not math.isfinite(self.lora_scale):
             raise UserError(f"lora scale must be a number, not {self.lora_scale}")
+
+
+def allowed_guidance(record: SamplingRecord, guidance: float | None) -> float | None:
+    """The guidance that a few-step student is sampled with: its own, where it was made for none; warns of the other."""
+    if guidance is None or guidance <= 1 or record.guided:
+        return guidance
+    warnings.warn(
+        f"guidance {guidance:g} is ignored: this student was distilled to be sampled without", Note, stacklevel=3
+    )
+    return record.guidance
 
 
 def parse_seeds(text: str) -> int | tuple[int, ...]:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, NoReturn
+import warnings
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from .. import __version__
-from ..errors import RunError, UserError
+from ..errors import Note, RunError, UserError
 
 # help shows the commands in this order
 # isort: off
@@ -43,8 +44,19 @@ def stop(message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
+def show_notes() -> None:
+    """The project's own warnings in one line, without the place in the code."""
+    plain = warnings.formatwarning
+
+    def shown(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+        return f"note: {message}\n" if issubclass(category, Note) else plain(message, category, *where, **more)
+
+    warnings.formatwarning = shown
+
+
 def main() -> None:
     """Entry point: 0 done, 2 wrong input, 1 failure while running, 130 interrupted."""
+    show_notes()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     usage = typer.BadParameter.__bases__[0]  # click's UsageError, wherever this typer keeps it

@@ -46,7 +46,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
 
 
 def recorded_scheduler(record: SamplingRecord) -> Any:
-    """The scheduler that a few-step model carries.
+    """The scheduler that a few-step model carries; it scales the first noise as recorded.
 
     Raises UserError when diffusers lacks it, or it cannot take the recorded times."""
     made = make_scheduler("default", record.scheduler_config())
@@ -55,4 +55,6 @@ def recorded_scheduler(record: SamplingRecord) -> Any:
             f"the model's record asks {record.scheduler} for given timesteps, which it cannot take; "
             "set --scheduler and --steps by hand"
         )
+    if record.scale != 1:
+        made.init_noise_sigma = made.init_noise_sigma * record.scale  # what pipelines multiply given latents by
     return made

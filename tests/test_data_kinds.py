@@ -10,7 +10,9 @@ import pytest
 import torch
 from small import write_pairs
 
+from diffalign.data import rowfile
 from diffalign.data.cache import open_cache
+from diffalign.data.convert import ConvertOptions, convert_pairs
 from diffalign.data.rowfile import read_rows
 from diffalign.data.rowtable import PromptRows
 from diffalign.errors import UserError
@@ -66,3 +68,29 @@ def test_prompts_are_cached_without_pictures(tmp_path: Path, model: Model, cache
     if cache:
         assert found.encoded == 4 and len(found.stores["pictures"]) == 0, "with the empty and the unconditional one"
         assert open_cache(rows, model, made, tmp_path / "cache").encoded == 0
+
+
+# ---- users of pairs -----------------------------------------------------------------------------------------------
+
+
+def with_columns(folder: Path, *columns: dict[str, Any]) -> Path:
+    """Pairs whose metadata have these columns besides, one dict a row."""
+    rows = [json.loads(line) for line in (write_pairs(folder, len(columns)) / "metadata.jsonl").open()]
+    lines = [json.dumps(row | more) for row, more in zip(rows, columns, strict=True)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_users_of_pairs_are_numbers_in_batches(tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rowfile, "KEEP_FROM", 1)
+    data = with_columns(tmp_path / "pairs", {"user": "zoe"}, {"user": 7}, {}, {"user": "zoe"})
+    made = recipe(data, tmp_path, resolution=64)
+    for _ in range(2):  # read, then mapped
+        rows, _ = read_rows(made, "pair")
+        assert [row.user for row in rows] == ["zoe", "7", None, "zoe"] and rows.users == ["7", "zoe"]
+    batch = open_cache(rows, model, made, tmp_path / "cache").batch([3, 1, 2], [0, 0, 0])
+    assert batch.columns["user"].tolist()[:2] == [1, 0] and batch.columns["user"][2].isnan()
+    convert_pairs(made, tmp_path / "parquet", ConvertOptions("parquet"))
+    assert read_rows(recipe(tmp_path / "parquet", tmp_path), "pair")[0].users == ["7", "zoe"]
+    plain, _ = read_rows(recipe(write_pairs(tmp_path / "plain", 2), tmp_path), "pair")
+    assert plain.users == [] and "user" not in plain.columns

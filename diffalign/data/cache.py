@@ -27,6 +27,7 @@ from .buckets import buckets_of
 from .encode import Job, encode_pictures, entry_cond, prompt_key, row_jobs
 from .fill import (
     UNCOND,
+    Counter,
     Progress,
     Ranks,
     ShardWriter,
@@ -185,7 +186,11 @@ class LatentCache:
         self.extra |= {name: values.numpy() for name, values in found.items()}
 
     def table(
-        self, made_by: Mapping[str, str], compute: Callable[[Sequence[int]], Columns], batch: int
+        self,
+        made_by: Mapping[str, str],
+        compute: Callable[[Sequence[int]], Columns],
+        batch: int,
+        progress: Progress | None = None,
     ) -> dict[str, Tensor]:
         """Numbers of every row (n,), fp32: ``compute`` maps at most ``batch`` positions of one bucket to (B,) tensors.
 
@@ -199,10 +204,12 @@ class LatentCache:
                 made.setdefault(name, torch.full((len(self),), math.nan))[torch.from_numpy(rows)] = column
 
         def columns(chosen: np.ndarray) -> Iterator[tuple[np.ndarray, Columns]]:
+            tick = Counter(progress, len(chosen))
             for bucket in np.unique(self.places[chosen]):
                 mine = chosen[self.places[chosen] == bucket]
                 for start in range(0, len(mine), batch):
                     part = mine[start : start + batch]
+                    tick(len(part))
                     yield part, {k: v.detach().float().cpu() for k, v in compute(part.tolist()).items()}
 
         if self.root is None:
@@ -225,6 +232,12 @@ class LatentCache:
             take(part, {k: torch.stack([found[n][k] for n in names]) for k in found[names[0]]})
         return made
 
+    def values(self, name: str) -> np.ndarray:
+        """(n,) fp: a column of all rows, the one that was computed before the data's own; NaN where there is none."""
+        if name in self.extra:
+            return self.extra[name]
+        return self.rows.values(name) if name in self.rows.columns else np.full(len(self), math.nan)
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def texts(self, row: Row) -> dict[str, str]:
@@ -244,7 +257,7 @@ class LatentCache:
         return torch.tensor([side, side, 0.0, 0.0, side, side])
 
     def _columns(self, i: int, row: Row) -> dict[str, float]:
-        values = row.columns
+        values = dict(row.columns) | {k: self.rows.places_of(k).get(getattr(row, k)) for k in self.rows.labels}
         named = {k: math.nan if values[k] is None else float(values[k] or 0.0) for k in self.rows.columns}
         return named | {name: float(column[i]) for name, column in self.extra.items()}
 

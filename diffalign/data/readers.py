@@ -1,9 +1,10 @@
 """Preference pairs and captioned pictures from whatever format they come in.
 
 Pairs: columns ``prompt`` (or ``caption``), ``chosen``, ``rejected`` (or ``chosen_file_name``,
-``rejected_file_name``), optional ``rejected_prompt``, ``chosen_score``, ``rejected_score``, ``tie`` and ``label``
-(1: as written, 0.5: tie, 0: the other way round); or Pick-a-Pic's ``caption``, ``jpg_0``, ``jpg_1``, ``label_0``,
-``label_1``, ``has_label``, with ``caption_0``, ``caption_1`` where each picture has a caption (Pick-Double Caption).
+``rejected_file_name``), optional ``rejected_prompt``, ``chosen_score``, ``rejected_score``, ``tie``, ``user`` (or
+``user_id``) and ``label`` (1: as written, 0.5: tie, 0: the other way round); or Pick-a-Pic's ``caption``, ``jpg_0``,
+``jpg_1``, ``label_0``, ``label_1``, ``has_label``, with ``caption_0``, ``caption_1`` where each picture has a caption
+(Pick-Double Caption).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .tables import open_table
 Progress = Callable[[int, int], None]
 CHUNK = 256
 D = TypeVar("D")
+USERS = ("user", "user_id")
 IDS = ("id", "ranking_id", "pair_id")
 
 
@@ -45,6 +47,7 @@ class Draft:
     refs: tuple[ImageRef, ...]
     scores: tuple[float | None, ...]
     preference: float = 1.0
+    user: str | None = None
 
     def bad(self, reason: str, detail: str = "") -> BadRow:
         return BadRow(self.place, reason, detail, self.prompts[0], self.refs)
@@ -233,7 +236,7 @@ def make_pair(
     if flaw:
         return draft.bad(*flaw)
     first, second = (look.apply(ref) for look, ref in zip(looks, draft.refs, strict=True))
-    row = PairRow("", draft.prompts[0], first, second, draft.prompts[1], a, b, tie)
+    row = PairRow("", draft.prompts[0], first, second, draft.prompts[1], a, b, tie, draft.user)
     if draft.preference == 0:
         row = _swapped(row)
     content = digest_of(row.prompt.encode(), row.chosen.digest.encode(), row.rejected.digest.encode())[:20]
@@ -312,6 +315,8 @@ class PairColumns:
         found = ["rejected_prompt"] if self.other in has else []
         if self.scores[0] in has and self.scores[1] in has:
             found += ["chosen_score", "rejected_score"]
+        if has & set(USERS):
+            found.append("user")
         return found + (["tie"] if self.pick or has & {"tie", "label"} else [])
 
     def draft(self, i: int) -> Draft:
@@ -327,6 +332,7 @@ class PairColumns:
             tuple(table.ref(i, column) for column in self.images),
             tuple(_number(table, i, column) for column in self.scores),
             self._picked(i) if self.pick else self._written(i),
+            _user(table, i),
         )
 
     def _picked(self, i: int) -> float:
@@ -414,6 +420,15 @@ def _number(table: Table, i: int, column: str, reason: str = "malformed row") ->
     except (TypeError, ValueError) as error:
         raise _BadValue(reason, f"'{column}' is no number: {value!r}"[:80]) from error
     return number if math.isfinite(number) else None
+
+
+def _user(table: Table, i: int) -> str | None:
+    """Who preferred, as text; None where nobody is named."""
+    for column in USERS:
+        value = table.value(i, column)
+        if value is not None and str(value).strip():
+            return _whole(str(value), column)
+    return None
 
 
 def _flag(table: Table, i: int, column: str, missing: bool) -> bool:

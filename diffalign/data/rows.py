@@ -111,7 +111,8 @@ class Row(Protocol):
 class PairRow:
     """One preference: ``chosen`` was liked better than ``rejected`` for ``prompt``.
 
-    ``tie`` marks a pair without a preference that ``data.ties=keep`` left as it was written."""
+    ``tie`` marks a pair without a preference that ``data.ties=keep`` left as it was written; ``user`` is who preferred,
+    where the data say it."""
 
     id: str
     prompt: str
@@ -121,6 +122,7 @@ class PairRow:
     chosen_score: float | None = None
     rejected_score: float | None = None
     tie: bool = False
+    user: str | None = None
 
     @property
     def images(self) -> dict[str, ImageRef]:

@@ -81,6 +81,7 @@ class Packed(Sequence[R], Generic[R]):
 
     sides: ClassVar[tuple[str, ...]]
     texts: ClassVar[tuple[str, ...]]
+    labels: ClassVar[tuple[str, ...]] = ()  # words that batches hold as numbers
     numbers: ClassVar[tuple[str, ...]]
 
     def __init__(self, table: Table | None = None, folder: Path | None = None) -> None:
@@ -92,13 +93,15 @@ class Packed(Sequence[R], Generic[R]):
         self._pending: list[tuple[Any, ...]] = []
         self._sealed = 0
         self.schema = self._make_schema()
-        self.present: dict[str, None] = {}  # numbers and texts that some row has
+        self.present: dict[str, None] = {}  # numbers, labels and texts that some row has
+        self._places: dict[str, dict[str, int]] = {}
+        self._counted = 0
 
     @classmethod
     def _make_schema(cls) -> pa.Schema:
         fields: list[tuple[str, Any]] = [
             ("id", pa.string()),
-            *((name, pa.string()) for name in cls.texts),
+            *((name, pa.string()) for name in (*cls.texts, *cls.labels)),
             ("row", pa.int64()),
         ]
         for side in cls.sides:
@@ -128,12 +131,17 @@ class Packed(Sequence[R], Generic[R]):
     def append(self, row: R) -> None:
         """One more row. The picture's bytes are not kept, only where they are and their hash."""
         texts: dict[str, str] = row.prompts
-        packed: list[Any] = [row.id, *(texts.get(name) for name in self.texts), -1]
+        packed: list[Any] = [row.id, *(texts.get(name) for name in self.texts)]
+        for name in self.labels:
+            packed.append(getattr(row, name))
+            self.present.update({} if packed[-1] is None else {name: None})
+        place = len(packed)
+        packed.append(-1)
         for side in self.sides:
             ref = row.images[side]
             column = path = None
             if isinstance(ref.source, Cell):
-                packed[1 + len(self.texts)] = ref.source.row
+                packed[place] = ref.source.row
                 column = ref.source.column
             elif isinstance(ref.source, Path):
                 path = str(ref.source)
@@ -255,8 +263,25 @@ class Packed(Sequence[R], Generic[R]):
 
     @property
     def columns(self) -> list[str]:
-        """Names of the numbers in which some row has a value; ``tie`` only where ties were kept."""
-        return [name for name in self.numbers if name in self.present]
+        """Names of the numbers in which some row has a value; ``tie`` only where ties were kept, ``user`` a user's
+        place in ``users``."""
+        return [name for name in (*self.numbers, *self.labels) if name in self.present]
+
+    @property
+    def users(self) -> list[str]:
+        """Who gave the preferences, in alphabetical order; empty where the data do not say."""
+        return list(self.places_of("user")) if "user" in self.labels else []
+
+    def places_of(self, label: str) -> dict[str, int]:
+        """The different words of a label, in order, each with its place."""
+        if len(self) != self._counted:
+            self._places, self._counted = {}, len(self)
+        if label not in self._places:
+            words: set[str] = set()
+            for batch in self.batches():
+                words.update(batch.column(label).unique().to_pylist())
+            self._places[label] = {word: n for n, word in enumerate(sorted(words - {None}))}
+        return self._places[label]
 
     @property
     def two_prompts(self) -> bool:
@@ -281,7 +306,11 @@ class Packed(Sequence[R], Generic[R]):
         return np.concatenate(parts)
 
     def values(self, name: str) -> np.ndarray:
-        """(n,) fp64: one of the numbers, NaN where a row has none."""
+        """(n,) fp64: one of the ``columns``, NaN where a row has none."""
+        if name in self.labels:
+            places = self.places_of(name)
+            words = (word for batch in self.batches() for word in batch.column(name).to_pylist())
+            return np.fromiter((places.get(word, math.nan) for word in words), float, len(self))
         given: list[np.ndarray] = [batch.column(name).fill_null(math.nan).to_numpy() for batch in self.batches()]
         return np.concatenate([np.zeros(0), *given])
 
@@ -320,6 +349,7 @@ class PairRows(Packed[PairRow]):
     sides = ("chosen", "rejected")
     texts = ("prompt", "rejected_prompt")
     numbers = ("chosen_score", "rejected_score", "tie")
+    labels = ("user",)
 
     def _row(self, values: dict[str, Any]) -> PairRow:
         return PairRow(
@@ -331,6 +361,7 @@ class PairRows(Packed[PairRow]):
             values["chosen_score"],
             values["rejected_score"],
             bool(values["tie"]),
+            values["user"],
         )
 
     def winners(self) -> ImageRows:

@@ -214,8 +214,8 @@ class ArrowWriter(Writer):
         """The columns as `datasets` knows them."""
         import datasets
 
-        kinds = {"rejected_prompt": "string", "tie": "bool", "chosen_score": "float64", "rejected_score": "float64"}
-        named = {"id": "string", "prompt": "string", **{name: kinds[name] for name in self.fields}}
+        kinds = {"tie": "bool", "chosen_score": "float64", "rejected_score": "float64"}
+        named = {"id": "string", "prompt": "string", **{name: kinds.get(name, "string") for name in self.fields}}
         values = {name: datasets.Value(kind) for name, kind in named.items()}
         return datasets.Features({**values, "chosen": datasets.Image(), "rejected": datasets.Image()})
 
@@ -279,7 +279,7 @@ class PickAPicWriter(ArrowWriter):
     def values(self, record: Record) -> dict[str, Any]:
         row, pictures = record.row, [record.chosen, record.rejected]
         scores = [row.chosen_score, row.rejected_score]
-        label, own = (0.5, 0.5) if row.tie else (1.0, 0.0), str(record.id or "")
+        label = (0.5, 0.5) if row.tie else (1.0, 0.0)
         if record.turned:
             pictures, scores, label = pictures[::-1], scores[::-1], label[::-1]
         uids = [digest_of(picture.data) for picture in pictures]
@@ -289,7 +289,8 @@ class PickAPicWriter(ArrowWriter):
             "has_label": True,
             "image_0_uid": uids[0],
             "image_1_uid": uids[1],
-            "ranking_id": int(own) if own.isdecimal() and len(own) < 19 else None,
+            "ranking_id": _whole_number(str(record.id or "")),
+            "user_id": _whole_number(row.user or ""),
             "__index_level_0__": record.number,
         }
         made |= {name: value for name, value in record.others.items() if name in made or name in PICK_A_PIC}
@@ -298,6 +299,11 @@ class PickAPicWriter(ArrowWriter):
         if "chosen_score" in self.fields:
             made |= {f"ps_score_{i}": score for i, score in enumerate(scores)}
         return made
+
+
+def _whole_number(text: str) -> int | None:
+    """The number that a text is, where it fits into 64 bits."""
+    return int(text) if text.isdecimal() and len(text) < 19 else None
 
 
 class DatasetsWriter(ArrowWriter):

@@ -120,7 +120,8 @@ class GuardsRecipe(Section):
 
 
 class TrainRecipe(Section):
-    """The loop. ``batch`` is the number of pairs of one optimiser step over all processes and micro-batches."""
+    """The loop. ``batch`` is the number of pairs of one optimiser step over all processes and micro-batches. ``period``:
+    steps after which a linear or cosine schedule starts again; null: it spans the run."""
 
     steps: Positive = 1000
     batch: Positive = 16
@@ -128,6 +129,7 @@ class TrainRecipe(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-5
     role_lr: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    period: Positive | None = None
     warmup: Annotated[int, Field(ge=0)] = 0
     optimizer: Literal["adamw", "adafactor", "adamw8bit"] = "adamw"
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,17 +18,21 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, set_seed
 from peft import LoraConfig
+from torch import nn
 
 from .console import Console
 from .context import Context, Reward
 from .data.cache import LatentCache, open_cache
 from .data.files import cache_root
 from .data.rowfile import read_rows
+from .data.rows import Report
 from .data.rowtable import Rows, Stream
+from .data.scores import check_scorer, score_rows, within_gap
 from .data.source import Source, split_heldout
 from .errors import UserError, nearest
 from .facts import recorded
 from .families import Model, load_model, pick_device, pick_dtype
+from .families.extras import Extra
 from .families.quantise import check_quantize
 from .methods import make_method
 from .methods.base import Method
@@ -117,9 +122,46 @@ def load_base(recipe: Recipe, device: torch.device) -> tuple[Model, torch.dtype]
     return load_model(recipe.model, device, torch.float32 if copies else dtype, place=False), dtype
 
 
+def build_modules(method: Method[Any], model: Model, seed: int) -> dict[str, nn.Module]:
+    """The method's own modules, their initial values a function of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return method.build(model)
+
+
+def check_groups(recipe: Recipe, method: Method[Any], world: int) -> None:
+    """Raises UserError when batch or micro-batch would part rows that are compared with one another."""
+    if method.group > 1 and recipe.train.batch < world * method.group:
+        raise UserError(
+            f"train.batch {recipe.train.batch} holds no {method.group} rows to compare for each of {world} processes; "
+            f"set it to {world * method.group}"
+        )
+    for key in ("batch", "micro_batch"):
+        size = getattr(recipe.train, key)
+        if size is not None and size % method.group:
+            raise UserError(
+                f"train.{key} {size} is no multiple of the {method.group} rows that method '{recipe.method.name}' "
+                f"compares with one another; set it to {math.ceil(size / method.group) * method.group}"
+            )
+
+
 def build_roles(model: Model, method: Method[Any], recipe: Recipe, dtype: torch.dtype) -> Roles:
-    """The method's roles on the model's U-Net."""
-    modules = {name: module.to(model.device) for name, module in method.build(model).items()}
+    """The method's roles on the model's U-Net.
+
+    Raises UserError for settings that do not go with a frozen U-Net, where the method trains parts beside it."""
+    modules = {
+        name: module.to(model.device) for name, module in build_modules(method, model, recipe.train.seed).items()
+    }
+    beside = [name for name, module in modules.items() if isinstance(module, Extra)]
+    for found, what in (
+        (recipe.model.storage == "copies", "model.storage=copies"),
+        (recipe.output.merged, "output.merged=true"),
+    ):
+        if beside and found:
+            mend = "model.storage=adapters" if "storage" in what else "output.merged=false"
+            raise UserError(
+                f"{what} does not go with method '{recipe.method.name}', which leaves the U-Net as it is; set {mend}"
+            )
     roles = Roles(
         model.unet,
         model.call_unet,
@@ -167,21 +209,49 @@ def count_long_prompts(rows: Rows, model: Model) -> tuple[int, int]:
     return cut, distinct
 
 
-def fit_columns(method: Method[Any], name: str, rows: Rows, training: np.ndarray) -> None:
+def fit_columns(method: Method[Any], name: str, cache: LatentCache, training: np.ndarray) -> None:
     """Shows a method the columns that it needs, those of the training rows.
 
     Raises UserError when a row has no value in one of them."""
     columns = {}
     for column in method.needs.columns:
-        values = rows.values(column) if column in rows.numbers else np.full(len(rows), np.nan)
+        values = cache.values(column)
         absent = int(np.isnan(values).sum())
         if absent:
             raise UserError(
-                f"method '{name}' needs {' and '.join(method.needs.columns)} in every row; {absent} of {len(rows)} "
-                f"rows have no {column}: add the scores to the data, such as those of `diffalign score`"
+                f"method '{name}' needs {' and '.join(method.needs.columns)} in every row; {absent} of {len(cache)} "
+                f"rows have no {column}: write scores into the data with `diffalign pairs score`, or set data.scorer"
             )
         columns[column] = torch.from_numpy(values[training])
     method.fit(columns)
+
+
+def rows_for(recipe: Recipe, method: Method[Any]) -> tuple[Rows | Stream, Report]:
+    """The rows of a recipe's data. Where ``data.scorer`` gives the scores, ``data.min_gap`` waits for them."""
+    check_scorer(recipe.data)
+    data = recipe.data.model_copy(update={"min_gap": None}) if recipe.data.scorer else recipe.data
+    return read_rows(data, method.needs.batch)
+
+
+def apply_scorer(
+    cache: LatentCache,
+    recipe: Recipe,
+    split: tuple[np.ndarray, list[int]],
+    device: torch.device,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None] | None,
+) -> tuple[np.ndarray, list[int]]:
+    """Scores by ``data.scorer``, and the (training, held-out) rows whose gap is not below ``data.min_gap``.
+
+    Raises UserError when no row for training is left."""
+    score_rows(cache, device.type, say, progress)
+    wide = within_gap(cache, recipe.data.min_gap)
+    if not wide.all():
+        say(f"{int((~wide).sum())} of {len(cache)} rows left out: their score gap is below data.min_gap")
+    training, held = split
+    if not wide[training].any():
+        raise UserError(f"no row's score gap reaches data.min_gap {recipe.data.min_gap:g}; lower it")
+    return training[wide[training]], [i for i in held if wide[i]]
 
 
 def check_texts(method: Method[Any], name: str, rows: Rows) -> str:
@@ -235,12 +305,13 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     check_quantize(recipe.model.quantize, recipe.model.storage)
     if recipe.train.batch < world:
         raise UserError(f"train.batch {recipe.train.batch} is less than the {world} processes; raise it")
+    check_groups(recipe, method, world)
     if method.needs.batch not in {"pair", "image", "prompt"}:
         raise UserError(f"method '{recipe.method.name}' needs {method.needs.batch} rows, which no reader gives yet")
     if recipe.data.reference_errors:
         check_reference(recipe, method)
     with accelerator.main_process_first():  # the others read what the first one found out about the pictures
-        rows, report = read_rows(recipe.data, method.needs.batch)
+        rows, report = rows_for(recipe, method)
     if not isinstance(rows, Stream):
         say(report.summary())
         check_texts(method, recipe.method.name, rows)
@@ -270,11 +341,16 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     if recipe.train.parallel == "ddp":
         model.place_unet()
     training, held = split_heldout(cache.ids, recipe.validate_.pairs, recipe.train.seed)
-    fit_columns(method, recipe.method.name, cache.rows, training)
+    if recipe.data.scorer:
+        training, held = apply_scorer(cache, recipe, (training, held), device, say, progress)
+    fit_columns(method, recipe.method.name, cache, training)
     period = recipe.data.reference_errors
-    source = Source(cache, training, recipe.train.seed, uncond, recipe.data.caption_dropout, period)
-    heldout = Source(cache, held, recipe.train.seed, uncond) if held else None
+    source = Source(cache, training, recipe.train.seed, uncond, recipe.data.caption_dropout, period, method.group)
+    heldout = Source(cache, held, recipe.train.seed, uncond, group=method.group) if held else None
+    method.users = tuple(cache.rows.users)
     roles = build_roles(model, method, recipe, dtype)
+    if recipe.data.cache:
+        model.release_encoders()  # a method may have asked them
     if method.needs.decode:
         model.keep_vae(recipe.model.gradient_checkpointing)
     if recipe.train.parallel == "fsdp":  # from the processor's memory to the devices, block by block
@@ -314,7 +390,7 @@ def fill_cache(recipe: Recipe, out: Path | None, progress: bool = True) -> Laten
     accelerator, device = start_processes(recipe.train.device)
     console = Console(progress and accelerator.is_main_process)
     with accelerator.main_process_first():
-        rows, report = read_rows(recipe.data, make_method_of(recipe).needs.batch)
+        rows, report = rows_for(recipe, make_method_of(recipe))
     if not isinstance(rows, Stream):
         console.say(report.summary())
     model, _ = load_base(recipe, device)
@@ -331,6 +407,7 @@ def fill_cache(recipe: Recipe, out: Path | None, progress: bool = True) -> Laten
     )
     if isinstance(rows, Stream):
         console.say(report.summary())
+    score_rows(cache, device.type, console.say, console.counting("scoring"))
     return cache
 
 

@@ -83,7 +83,7 @@ class SmPO(InvertedPair[SmPOConfig]):
         differs="p of each pair its own (authors: the first row's); x_t at the level that the network is told",
     )
     needs = Needs(batch="pair", draws=(), columns=("chosen_score", "rejected_score"))
-    bounds: tuple[float, float]  # set by `fit`
+    bounds = (0.0, 1.0)  # until `fit`
 
     @property
     def renoise(self) -> int:  # type: ignore[override]
@@ -96,11 +96,20 @@ class SmPO(InvertedPair[SmPOConfig]):
         return tuple(range(self.config.renoise + 1)) if self.config.average else ()
 
     def fit(self, columns: Mapping[str, Tensor]) -> None:
-        """With ``score_range=fit``: the smallest and the largest score of the training rows."""
-        if self.config.score_range != "fit":
-            return
+        """With ``score_range=fit``: the smallest and the largest score of the training rows. Only the width of the
+        range counts, so that a scorer's scale and offset do not: PickScore may be a cosine or tau times it.
+
+        Raises UserError for scores that are all equal, and for scores of another scale than a given range."""
         scores = torch.cat([columns["chosen_score"], columns["rejected_score"]]).double()
         low, high = scores.min().item(), scores.max().item()
+        if not isinstance(self.config.score_range, str):
+            first, last = self.config.score_range
+            if not first - (last - first) <= scores.median().item() <= last + (last - first):
+                raise UserError(
+                    f"method.score_range is [{first:.4g}, {last:.4g}] (of raw PickScore cosines by default) and the "
+                    f"scores lie from {low:.4g} to {high:.4g}; set method.score_range=fit, or their own range"
+                )
+            return
         if not low < high:
             raise UserError(f"score_range=fit: every score is {low:g}; give pairs whose scores differ")
         self.bounds = (low, high)

@@ -173,19 +173,31 @@ def step_bytes(device: torch.device, step: Callable[[], None]) -> dict[str, int]
             "peak": torch.cuda.max_memory_allocated() - before,
             "reserved": torch.cuda.max_memory_reserved() - before,
         }
+    before = clear_peak()
+    step()
+    return {"peak": max(0, resident_peak() - before)}
+
+
+def clear_peak() -> int:
+    """The allocator's free pages go back where the system can do that, and the high-water mark of the resident set
+    starts anew; returns the bytes that are resident. Elsewhere than on Linux: the mark so far, which stays."""
+    gc.collect()
     reset = Path("/proc/self/clear_refs")
     if sys.platform == "linux" and reset.exists():
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)
-        reset.write_text("5")  # the high-water mark starts anew
-        before = _resident("VmRSS")
-        step()
-        return {"peak": max(0, _resident("VmHWM") - before)}
+        reset.write_text("5")
+        return _resident("VmRSS")
+    return resident_peak()
+
+
+def resident_peak() -> int:
+    """The high-water mark of the resident set, in bytes."""
+    if sys.platform == "linux" and Path("/proc/self/status").exists():
+        return _resident("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step()
-    return {"peak": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * unit}
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _resident(name: str) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .common import AsJson, BatchSize, Device, Dtype, Overrides, app, out
+from .common import AsJson, BatchSize, Device, Dtype, Overrides, app, names, out
 
 bench = typer.Typer(help="The project's own measurements, as a table and JSON.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
@@ -70,3 +70,48 @@ def bench_score(
 
     found = measure_score(scorers, images, size, rounds, device, dtype, batch)
     print(json.dumps(found.json(), indent=1)) if as_json else found.render(out())
+
+
+@bench.command("methods")
+def bench_methods(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Overrides for the methods of --only.", metavar="[KEY=VALUE]...")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Run these rows alone, comma-separated (the base is always there).")] = "",
+    seeds: Annotated[str, typer.Option(help="Training seeds, as 0,1,2.")] = "0,1,2",
+    budget: Annotated[
+        int | None, typer.Option(help="Units of U-Net work for each training; default: tiny/dpo's own.")
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(help="Judge by the first so many held-out prompts.")] = None,
+    folder: Annotated[Path, typer.Option("--out", help="Results; what is there is not run again.")] = Path(
+        "runs/bench-methods"
+    ),
+    jobs: Annotated[int | None, typer.Option(help="Trainings at a time, a thread each; default: one a core.")] = None,
+    show: Annotated[bool, typer.Option("--show", help="Run nothing; the table of what is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train every method from one tiny base at one budget, beside controls; who is seen to learn, and at what cost."""
+    from ..bench.methods import BUDGET, Plan, measure_methods
+    from ..pipelines.spec import parse_seeds
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    found = parse_seeds(seeds)
+    plan = Plan(
+        out=folder,
+        seeds=(found,) if isinstance(found, int) else found,
+        budget=BUDGET if budget is None else budget,
+        prompts=prompts,
+        jobs=jobs,
+        only=tuple(names(only)),
+        overrides=tuple(overrides or ()),
+        shown=show,
+        say=say,
+    )
+    report = measure_methods(plan)
+    print(json.dumps(report.json(), indent=1)) if as_json else report.render(out())
+    if not as_json:
+        print(f"report: {folder / 'report.html'}")
+    if report.failed:
+        raise typer.Exit(1)

@@ -1,0 +1,270 @@
+"""``diffalign bench methods``: every method that is installed and has a tiny recipe, trained from one tiny base.
+
+All get the same budget of U-Net work (:mod:`.units`) and are judged on the same held-out prompts and noise
+(:mod:`.judge`), beside three controls: the base itself, fine-tuning on the chosen pictures (``sft``), and ``tiny/dpo``
+with shuffled labels. A row is a recipe ``tiny/NAME`` on tiny-sd: a new method or recipe joins by being there.
+
+Each row and seed is a process of its own on one thread. Its result is a file named by a hash of its settings: the
+recipe, the seed, the budget and the shipped files that it reads. What is there is not run again, unless the code of the
+method, the denoiser or the bench has changed since (comments aside). A change elsewhere in the library (the loop, the
+families) is not seen: delete the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import Interrupted, UserError, nearest, one_line
+from ..methods import list_methods
+from ..recipe import Recipe, builtin_recipes, load_recipe
+from .method_job import Job, write_job
+from .method_keys import job_code, job_key
+from .methods_report import MethodsReport
+from .verdict import Kind, Row, fill
+
+MODEL, DPO = "tiny-sd", "tiny/dpo"
+UNITS_A_PAIR = 8  # of Diffusion-DPO: winner and loser through the student and back, and through the base
+BUDGET = 300 * 16 * UNITS_A_PAIR  # what tiny/dpo's own 300 steps of 16 pairs cost
+SEEDS = (0, 1, 2)
+CONTROLS = {"shuffled": "tiny/dpo with shuffled labels", "sft": "fine-tuning on the chosen pictures"}
+POLL = 0.2  # seconds between looks at the processes
+
+
+@dataclass
+class Entry:
+    """A row to be: its recipe, or why there is none."""
+
+    name: str
+    kind: Kind
+    method: str = ""
+    group: str = ""
+    note: str = ""
+    recipe: Recipe | None = None
+
+
+def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> list[Entry]:
+    """Base and controls first, then every tiny recipe on tiny-sd, then the methods without one.
+
+    ``overrides`` change the recipes of ``only`` (of all methods, where it is empty).
+
+    Raises UserError for an unknown name in ``only`` and for overrides that a recipe does not take."""
+    groups = {row["name"]: row["group"] for row in list_methods()}
+    sources = {name.partition("/")[2]: name for name in builtin_recipes() if name.startswith("tiny/")}
+    entries = [Entry("base", "base", note=MODEL)]
+    for name, source in {"shuffled": DPO, "sft": "tiny/sft", **sources}.items():
+        if name in CONTROLS:
+            given = ["data.shuffle_labels=true"] if name == "shuffled" else []
+            entry = Entry(name, "control", note=CONTROLS[name])
+        else:
+            given, entry = [], Entry(name, "method")
+        changed = name in only if only else entry.kind == "method"
+        recipe = load_recipe(source, [*given, *(overrides if changed else [])])
+        if recipe.model.path != MODEL:
+            continue  # of another base, such as tiny/sdxl-dpo
+        entry.recipe, entry.method = recipe, recipe.method.name
+        entry.group = groups.get(entry.method, "")
+        entries.append(entry)
+    covered = {entry.method for entry in entries}
+    entries += [
+        Entry(name, "method", name, group, note=f"no tiny recipe (configs/tiny/{name}.yaml)")
+        for name, group in groups.items()
+        if name not in covered
+    ]
+    known = [entry.name for entry in entries]
+    for name in only:
+        if name not in known:
+            raise UserError(f"--only {name}: there is no such row{nearest(name, known)}")
+    return entries
+
+
+@dataclass
+class Plan:
+    """What a command is about. ``shown``: run nothing."""
+
+    out: Path
+    seeds: tuple[int, ...] = SEEDS
+    budget: int = BUDGET
+    prompts: int | None = None
+    jobs: int | None = None
+    only: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    shown: bool = False
+    say: Callable[[str], None] = field(default=lambda text: None)
+
+
+def measure_methods(plan: Plan) -> MethodsReport:
+    """Run what is missing, then write ``results.json``, ``table.md`` and ``report.html`` into the folder.
+
+    With ``only``, those rows and the base are run; controls and rows whose results are there already are shown too.
+
+    Raises:
+        UserError: unknown rows, a budget or number of prompts that is none, a folder that cannot be written.
+        Interrupted: by Ctrl-C; finished results stay.
+    """
+    for name, value in (("--budget", plan.budget), ("--prompts", plan.prompts), ("--jobs", plan.jobs)):
+        if value is not None and value < 1:
+            raise UserError(f"{name} {value} is too few; give 1 or more")
+    entries = find_entries(plan.overrides, plan.only)
+    try:
+        (plan.out / "results").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to '{plan.out}' ({error.strerror}); choose another --out") from error
+    jobs = {entry.name: make_jobs(entry, plan) for entry in entries}
+    wanted = [e.name for e in entries if e.kind == "base" or not plan.only or e.name in plan.only]
+    # seeds in turn, so that a table of fewer seeds is there early
+    missing = sorted((j for name in wanted for j in jobs[name] if not is_done(j)), key=lambda j: j.seed)
+    failed = {} if plan.shown else run_jobs(missing, plan)
+    report = collect(entries, jobs, failed, plan)
+    report.write(plan.out)
+    return report
+
+
+def make_jobs(entry: Entry, plan: Plan) -> list[Job]:
+    """One a seed; one in all for the base, none without a recipe."""
+    if entry.recipe is None and entry.kind != "base":
+        return []
+    jobs, code = [], job_code(entry.recipe)
+    for seed in plan.seeds if entry.recipe else (0,):
+        key = job_key(entry.recipe, seed, plan.budget, plan.prompts, MODEL)
+        name = f"{entry.name}-{seed}-{key}"
+        jobs.append(
+            Job(
+                name=entry.name,
+                seed=seed,
+                key=key,
+                code=code,
+                model=MODEL,
+                recipe=entry.recipe.dump() if entry.recipe else None,
+                budget=plan.budget,
+                prompts=plan.prompts,
+                folder=str(plan.out / "runs" / name),
+                result=str(plan.out / "results" / f"{name}.json"),
+                parent=os.getpid(),
+            )
+        )
+    return jobs
+
+
+def read_result(job: Job) -> dict[str, Any] | None:
+    """A finished job's result. Raises UserError when the file is damaged."""
+    path = Path(job.result)
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if found["key"] != job.key or "judged" not in found:
+            raise ValueError("it is of another job")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"'{path}' is no result ({one_line(str(error))}); delete it and run again") from error
+    return found
+
+
+def is_done(job: Job) -> bool:
+    """Whether there is a result, made by the code as it is."""
+    found = read_result(job)
+    return found is not None and found["code"] == job.code
+
+
+def collect(entries: Sequence[Entry], jobs: dict[str, list[Job]], failed: dict[str, str], plan: Plan) -> MethodsReport:
+    """The rows with what is there."""
+    results = {name: [r for job in of if (r := read_result(job))] for name, of in jobs.items()}
+    base = results["base"][0] if results["base"] else None
+    rows, pictures = [], {}
+    for entry in entries:
+        of = jobs[entry.name]
+        row = Row(entry.name, entry.kind, entry.group, entry.method, entry.note)
+        row.failed = {job.seed: failed[job.key] for job in of if job.key in failed}
+        if not of:
+            row.verdict, row.why = "not run", entry.note
+        if plan.only and entry.name not in plan.only and not results[entry.name]:
+            continue
+        if of and any(r["code"] != of[0].code for r in results[entry.name]):
+            row.note = "made by earlier code"
+        rows.append(fill(row, results[entry.name], base, results["shuffled"]))
+        done = [job for job in of if Path(job.result).is_file()]
+        if done:
+            pictures[entry.name] = Path(done[0].folder) / "held"
+    settings = {
+        "model": MODEL,
+        "budget": plan.budget,
+        "seeds": list(plan.seeds),
+        "prompts": len(base["judged"]["ids"]) if base else 0,
+        "overrides": list(plan.overrides),
+    }
+    return MethodsReport(settings, rows, pictures)
+
+
+def run_jobs(jobs: Sequence[Job], plan: Plan) -> dict[str, str]:
+    """Every job in a process of its own, at most one a core; returns the reasons of those that failed, by key.
+
+    Raises Interrupted by Ctrl-C, when the processes have ended."""
+    limit = plan.jobs or os.cpu_count() or 1
+    waiting, failed, done = list(jobs), {}, 0  # type: list[Job], dict[str, str], int
+    running: list[tuple[Job, subprocess.Popen[bytes], float]] = []
+    if jobs:
+        plan.say(f"{len(jobs)} trainings to do, {min(limit, len(jobs))} at a time")
+    try:
+        while waiting or running:
+            while waiting and len(running) < limit:
+                job = waiting.pop(0)
+                running.append((job, start(job), time.monotonic()))
+            time.sleep(POLL)
+            for one in list(running):
+                job, process, began = one
+                if process.poll() is None:
+                    continue
+                running.remove(one)
+                done += 1
+                result = read_result(job)
+                head = f"{done} of {len(jobs)}: {job.name}, seed {job.seed}"
+                if process.returncode or result is None:
+                    failed[job.key] = reason(job, process.returncode)
+                    plan.say(f"{head} failed: {failed[job.key]}")
+                else:
+                    right = result["judged"]["scores"]["oracle"]
+                    trained = f", {result['steps']} steps in {result['seconds']:.0f} s" if job.recipe else ""
+                    seconds = time.monotonic() - began
+                    plan.say(f"{head}: {sum(right) / len(right):.3f} all right{trained}; {seconds:.0f} s in all")
+    except KeyboardInterrupt as error:
+        for _, process, _ in running:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        text = f"stopped; {done} of {len(jobs)} are done in '{plan.out}', the same command goes on"
+        raise Interrupted(text) from error
+    return failed
+
+
+def start(job: Job) -> subprocess.Popen[bytes]:
+    """One thread, nothing shared; what it says goes to a file beside its folder."""
+    folder = Path(job.folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    described = folder.with_suffix(".job.json")
+    write_job(job, described)
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    with folder.with_suffix(".log").open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "diffalign.bench.method_job", str(described)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **quiet, **threads},
+        )
+
+
+def reason(job: Job, status: int) -> str:
+    """Why a process failed, in a line: the last that it said."""
+    if status < 0:
+        return f"ended by signal {-status} ({signal.Signals(-status).name})"
+    text = Path(job.folder).with_suffix(".log").read_text(encoding="utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return one_line(lines[-1].removeprefix("diffalign: ")) if lines else f"exit status {status}"

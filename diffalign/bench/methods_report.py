@@ -1,0 +1,125 @@
+"""The table of ``diffalign bench methods``: for a person, as Markdown, as JSON; the page is in :mod:`.methods_page`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.files import write_atomic
+from .judge import HELD_OUT, IN_LOOP
+from .verdict import Row, shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+HEADS = (
+    "method",
+    "verdict",
+    "all right",
+    "gain over base",
+    "by seed",
+    "over shuffled",
+    f"wins, {IN_LOOP} (in-loop)",
+    *(f"wins, {name}" for name in HELD_OUT),
+    "shapes",
+    "diversity",
+    "steps",
+    "pictures a step",
+    "units",
+    "train s",
+    "peak MB",
+)
+EXPLAINED = (
+    "all right: share of held-out prompts whose layout, colours and shapes the oracle finds right, mean over seeds; "
+    "intervals: 95 %, bootstrap over prompts; wins: against the base, ties one half; shapes, diversity: change of "
+    "single objects (0.03 may be lost); pictures a step: through the U-Net, forward+backward by role; units: 1 forward "
+    "+ 2 backward a picture; peak: resident memory beyond the libraries."
+)
+
+
+@dataclass
+class MethodsReport:
+    """What ``measure_methods`` found. ``pictures``: by row, the folder of its held-out pictures (first seed)."""
+
+    settings: dict[str, Any]
+    rows: list[Row]
+    pictures: dict[str, Path] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """Whether any row failed."""
+        return any(row.failed for row in self.rows)
+
+    def json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {"settings": self.settings, "rows": [asdict(row) for row in self.rows]}
+
+    def title(self) -> str:
+        """In a line."""
+        s = self.settings
+        return f"{s['prompts']} held-out prompts, {len(s['seeds'])} seeds, {s['budget']:,} units of U-Net work each"
+
+    def render(self, console: Console) -> None:
+        """For a person: what matters most; the whole table is in the files."""
+        from rich.table import Table
+
+        shown = [HEADS.index(h) for h in HEADS if h not in {"pictures a step", "units", "by seed"}]
+        table = Table(title=self.title())
+        for i in shown:
+            table.add_column(HEADS[i].replace("wins, tiny-", "wins "), justify="left" if i < 2 else "right")
+        for row in self.rows:
+            texts = cells(row)
+            # only the gain keeps its interval here
+            table.add_row(*(texts[i] if HEADS[i].startswith("gain") else texts[i].partition(" (")[0] for i in shown))
+        console.print(table)
+        for row in self.rows:
+            if row.why:
+                console.print(f"{row.name}: {row.verdict}: {row.why}", highlight=False, markup=False)
+        if self.settings["overrides"]:
+            console.print(f"overrides: {' '.join(self.settings['overrides'])}", highlight=False, markup=False)
+
+    def markdown(self) -> str:
+        """The whole table."""
+        lines = [f"{self.title()}.", "", "| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS)]
+        lines += ["| " + " | ".join(cells(row)) + " |" for row in self.rows]
+        lines += ["", EXPLAINED, ""]
+        lines += [f"* {row.name}: {row.verdict}: {row.why}" for row in self.rows if row.why]
+        return "\n".join(lines) + "\n"
+
+    def write(self, out: Path) -> None:
+        """``results.json``, ``table.md`` and ``report.html``. Raises UserError or RunError where they cannot be."""
+        from .methods_page import page
+
+        write_atomic(out / "results.json", (json.dumps(self.json(), indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomic(out / "table.md", self.markdown().encode())
+        write_atomic(out / "report.html", page(self).encode())
+
+
+def cells(row: Row) -> list[str]:
+    """The row as texts, in the order of ``HEADS``."""
+    judges = (IN_LOOP, *HELD_OUT)
+    change = "+.3f" if row.kind != "base" else ".3f"
+    return [
+        row.name,
+        row.verdict or "not judged",
+        "" if row.right is None else f"{row.right:.3f}",
+        row.gain.text() if row.gain else "",
+        " ".join(shown(e.value, "+.3f") for e in row.by_seed),
+        row.over_shuffled.text() if row.over_shuffled else "",
+        *(row.wins[name].text(".3f") if name in row.wins else "" for name in judges),
+        "" if row.shapes is None else shown(row.shapes, change),
+        "" if row.diversity is None else shown(row.diversity, change),
+        "" if row.steps is None else f"{row.steps} x {row.batch}",
+        ", ".join(f"{role} {p['forward']:g}+{p['backward']:g}" for role, p in row.per_step.items()),
+        "" if row.units is None else f"{row.units:,.0f}",
+        "" if row.seconds is None else f"{row.seconds:.0f}",
+        "" if row.peak_mb is None else f"{row.peak_mb:.0f}",
+    ]
+
+
+def ranked(rows: Sequence[Row]) -> list[Row]:
+    """Rows with a gain, best first."""
+    return sorted((row for row in rows if row.gain), key=lambda row: -(row.gain.value if row.gain else 0.0))

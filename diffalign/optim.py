@@ -22,6 +22,8 @@ def lr_factor(recipe: TrainRecipe, step: int) -> float:
     if recipe.schedule == "constant":
         return 1.0
     done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    if recipe.period is not None:
+        done = (step - recipe.warmup) % recipe.period / recipe.period
     if recipe.schedule == "linear":
         return max(0.0, 1.0 - done)
     return 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))

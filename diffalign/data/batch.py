@@ -28,12 +28,14 @@ class Cond:
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
         """The same on another device or in another dtype; the copy does not wait.
 
-        ``time_ids`` keep their dtype: bf16 would round a side of 1001 pixels to 1000."""
+        ``time_ids`` and whole numbers keep their dtype: bf16 would round a side of 1001 pixels to 1000."""
 
         def move(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
             return tensor.to(device=device, dtype=dtype, non_blocking=True)
 
-        added = {k: move(v, None if k == TIME_IDS else dtype) for k, v in self.added.items()}
+        added = {
+            k: move(v, None if k == TIME_IDS or not v.is_floating_point() else dtype) for k, v in self.added.items()
+        }
         return Cond(move(self.embeds, dtype), added)
 
     def take(self, index: Tensor | slice | Sequence[int]) -> Cond:

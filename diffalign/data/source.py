@@ -33,8 +33,8 @@ class Source:
         caption_dropout: share of samples whose prompt is replaced by the unconditional one.
         period: visits are counted modulo this, so that a row's draws come back (``data.reference_errors``).
         group: rows that a method compares with one another. The rows of a step are cut into groups of this size, bucket
-            by bucket in their order; ranks and micro-batches hold whole groups, each of consecutive rows. A bucket's last
-            group may be smaller.
+            by bucket in their order; ranks and micro-batches hold whole groups of consecutive rows. The last one of a
+            bucket may be smaller.
 
     ``reference`` (rows of the cache, V, 2): the base's errors at the first V visits, which ``load`` puts into the
     columns ``base_chosen`` and ``base_rejected``.
@@ -114,7 +114,7 @@ class Source:
             )
 
     def share(self, draw: int, batch: int, rank: int, world: int) -> tuple[list[int], list[int]]:
-        """Rows of one rank for the ``draw``-th batch: contiguous slices that differ by at most one row, or one group."""
+        """Rows of one rank for the ``draw``-th batch: contiguous slices that differ by a row (or group) at most."""
         if self.group > 1:
             groups = self.cut(*self.rows(draw * batch, batch), self.group)
             return joined(groups[slice(*(round(len(groups) * r / world) for r in (rank, rank + 1)))])
@@ -124,7 +124,9 @@ class Source:
     def portion(self, rank: int, world: int) -> list[int]:
         """One rank's part of all rows, group by group."""
         rows = self.indices.tolist()
-        return joined(self.cut(rows, [0] * len(rows), self.group)[rank::world])[0] if self.group > 1 else rows[rank::world]
+        return (
+            joined(self.cut(rows, [0] * len(rows), self.group)[rank::world])[0] if self.group > 1 else rows[rank::world]
+        )
 
 
 def joined(parts: Sequence[tuple[list[int], list[int]]]) -> tuple[list[int], list[int]]:

@@ -46,7 +46,7 @@ class Extra(nn.Module):
 
     @abstractmethod
     def enter(self, rows: int, t: Tensor, added: Mapping[str, Tensor]) -> Any:
-        """What a call of ``rows`` samples at times ``t`` (rows,) brings along; ``added`` is its further conditioning."""
+        """What a call of ``rows`` samples at times ``t`` (rows,) brings along; ``added``: its further conditioning."""
 
     @abstractmethod
     def condition(self, text: Tensor, call: Any) -> Any:
@@ -208,4 +208,6 @@ def _check_fits(extra: Extra, unet: nn.Module, file: Path) -> None:
         mine, its = extra.widths, {name: attention.inner_dim for name, attention in cross_attentions(unet).items()}
     if mine != its:
         name = next(key for key in (*its, *mine) if mine.get(key) != its.get(key))
-        raise UserError(f"'{file}' is for another network: {name} is {mine.get(name)} wide there and {its.get(name)} here")
+        raise UserError(
+            f"'{file}' is for another network: {name} is {mine.get(name)} wide there and {its.get(name)} here"
+        )

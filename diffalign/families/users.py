@@ -39,7 +39,7 @@ class _Layer(nn.Module):
 
 
 class UserAttention(Extra):
-    """Attn(Q, K, V) + scale * Attn(Q, u W_k', u W_v') in every cross-attention, Q and the output layer being the base's.
+    """Attn(Q, K, V) + scale * Attn(Q, u W_k', u W_v') in every cross-attention; Q and the output layer are the base's.
 
     Args:
         widths: inner width of each cross-attention, by its name in the U-Net.
@@ -93,7 +93,9 @@ class UserAttention(Extra):
         if isinstance(user, Tensor):
             given = user if user.ndim == 2 else user[None]
             if given.shape != self.nobody.shape:
-                raise UserError(f"the user's embedding is {tuple(given.shape)}, and this model's are {tuple(self.nobody.shape)}")
+                raise UserError(
+                    f"the user's embedding is {tuple(given.shape)}, and this model's are {tuple(self.nobody.shape)}"
+                )
             return unit(given).to(self.nobody)
         mix = {user: 1.0} if isinstance(user, str) else user
         rows = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ from diffalign.methods import make_method
 from diffalign.methods.base import Loss, Method, MethodConfig, Needs, Paper, Phase
 from diffalign.recipe import TrainRecipe
 from diffalign.roles import Roles
-from diffalign.setup import load_rewards
+from diffalign.setup import build_modules, load_rewards
 from diffalign.trainer import Trainer
 
 WIDTH, TOKENS = 16, 5
+USERS = ("ann", "bob", "cem")
 
 
 class Rows:
@@ -40,6 +42,7 @@ class Rows:
         self.embeds = keyed.normal((n, TOKENS, WIDTH), seed, "text")
         scores = keyed.normal((2, n), seed, "scores")
         self.columns = {"chosen_score": scores.amax(0) + 1, "rejected_score": scores.amin(0) - 1}
+        self.columns["user"] = torch.arange(n) % len(USERS) * 1.0
 
     def latents(self) -> dict[str, Tensor]:
         """Those that batches of this kind have."""
@@ -62,7 +65,7 @@ class Rows:
 
 def forward(unet: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
     dtype = next(unet.parameters()).dtype
-    return unet(x.to(dtype), t, cond.embeds.to(dtype)).sample.float()
+    return unet(x.to(dtype), t, cond.embeds.to(dtype), added_cond_kwargs=cond.added).sample.float()
 
 
 def make_roles(names: Sequence[str] = ("student",), storage: str = "adapters", **options: Any) -> Roles:
@@ -92,6 +95,13 @@ def tools(method: Method[Any]) -> dict[str, Any]:
     return {**found, "rewards": load_rewards(method, cpu, None)}
 
 
+def family() -> Any:
+    """What ``Method.build`` looks at of a model."""
+    unet, text = tiny_unet(cross=WIDTH), Cond(keyed.normal((1, TOKENS, WIDTH), 4, "empty"))
+    settings = {"family": "sd1", "device": torch.device("cpu"), "scheduler_config": SD_SCHEDULE}
+    return SimpleNamespace(unet=unet, encode_prompts=lambda texts: text, **settings)
+
+
 def make_trainer(
     method: Method[Any],
     *,
@@ -104,13 +114,15 @@ def make_trainer(
     **train: Any,
 ) -> Trainer:
     settings = TrainRecipe(**{"batch": 4, "lr": 1e-3, "seed": seed, "steps": 100} | train)
-    modules = method.build(None)  # type: ignore[arg-type]
+    method.users = USERS
+    modules = build_modules(method, family(), seed)
     names = [role for role in method.roles if role not in modules]
     roles = make_roles(
         names, storage, modules=modules, checkpointing=checkpointing, reference=method.needs.reference, seed=seed
     )
     rows = rows or Rows(kind=method.needs.batch)
-    source = Source(rows, range(len(rows.ids)), seed, Cond(torch.zeros(1, TOKENS, WIDTH)))  # type: ignore[arg-type]
+    uncond = Cond(torch.zeros(1, TOKENS, WIDTH))
+    source = Source(rows, range(len(rows.ids)), seed, uncond, group=method.group)  # type: ignore[arg-type]
     ctx = make_context(roles, seed, autocast=autocast, **tools(method))
     return Trainer(method, ctx, source, settings, accelerator or Accelerator(cpu=True))
 
@@ -187,5 +199,8 @@ def every_method() -> list[Method[Any]]:
         "inpo": {"beta": 100.0, "eta": 0.0, "inversion_steps": 3},  # winner's and loser's eta noise differ
         "smpo": {"beta": 20.0, "inversion_steps": 3, "score_range": [-4.0, 4.0]},
         "inversion_dpo": {"beta": 100.0, "inversion_steps": 3},
+        "softrepa": {"group": 2, "times": 100, "temperature": 1.0},  # errors near 1: at 0.07 the contrast vanishes
+        "ppd": {"beta": 100.0, "user_dropout": 0.25},
+        "dmd2": {"timesteps": [999, 499], "critic_steps": 2, "gan_weight": 0.1, "gan_width": 8, "step_fake": True},
     }
     return [make_method(name, moderate.get(name, {})) for name in method_modules()] + [TwoRole(TwoRoleConfig())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,15 +28,16 @@ class Memory:
     """Bytes on the device of one process.
 
     ``parts`` is what stays while training, by part; ``activities`` the most at any moment of each activity, with what
-    stays; ``peak`` the largest of them. ``flops`` is one training step's work on this process. ``whole`` is False where
-    the method's loss could not be simulated as it is."""
+    stays; ``peak`` the largest of them. ``flops`` is one training step's work on this process, ``calls`` the samples
+    that it sends through the U-Net by role. ``whole`` is False where the method's loss could not be simulated as it is.
+    """
 
     parts: dict[str, int]
     activations: int
     activities: dict[str, int]
     peak: int
     flops: float
-    forward_rows: int
+    calls: dict[str, int]
     whole: bool
 
     def json(self) -> dict[str, Any]:
@@ -132,6 +134,7 @@ def estimate(
                 holds=recipe.model.quantize == "8bit",
                 decoder=model.decode_with_gradient if method.needs.decode else None,
             )
+    calls = sum((Counter(used[slot.phase.name].calls) for slot in slots), Counter[str]())
     step = max(usage.peak for usage in used.values())
     if recipe.model.offload and roles.lora is None and BASE in roles.networks:
         step += weight_bytes(roles.networks[BASE], dtype)  # on the device while it is called
@@ -152,7 +155,7 @@ def estimate(
         activities,
         max(activities.values()),
         sum(used[slot.phase.name].flops for slot in slots) * share / micro,
-        int(sum(used[slot.phase.name].rows for slot in slots) * share / micro),
+        {role: count * share // micro for role, count in calls.items()},
         all(usage.whole for usage in used.values()),
     )
 

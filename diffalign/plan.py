@@ -16,7 +16,7 @@ from .data.batch import Cond
 from .data.cache import cache_plan
 from .data.files import cache_root
 from .data.layout import CachePlan, entry_bytes
-from .data.rowtable import Stream
+from .data.rowtable import Rows, Stream
 from .data.store import free_bytes
 from .errors import UserError
 from .families import Model, ModelFolder, pick_device
@@ -27,14 +27,15 @@ from .memory import estimate
 from .recipe import ModelRecipe, Recipe
 from .reference import reference_note
 from .setup import (
-    Rows,
     autocast_dtype,
     build_roles,
+    check_groups,
     check_rewards,
+    check_texts,
     count_long_prompts,
     load_base,
     make_method_of,
-    read_rows,
+    rows_for,
 )
 from .shards import check_parallel
 from .simulate import META
@@ -69,6 +70,7 @@ class Plan:
     precision: str
     base_dtype: str
     device: str
+    calls: dict[str, float]
     calls_per_step: float
     cache_bytes: int
     cache_missing_bytes: int
@@ -104,7 +106,8 @@ class Plan:
         table.add_row("micro-batches", f"{self.accumulation} of {self.micro_batch} on this process")
         table.add_row("learning rate", self.lr)
         table.add_row("compute", f"{self.device}, {self.precision}")
-        table.add_row("U-Net", f"{self.calls_per_step:g} forward images a step")
+        by_role = ", ".join(f"{role} {count:g}" for role, count in self.calls.items())
+        table.add_row("U-Net", f"{self.calls_per_step:g} forward images a step: {by_role}")
         table.add_row("cache", f"{size(self.cache_bytes)} ({size(self.cache_missing_bytes)} to write)")
         table.add_row("free disk", size(self.cache_free))
         table.add_row("checkpoint", size(self.checkpoint_bytes))
@@ -155,8 +158,10 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
     method = make_method_of(recipe)
     device = torch.device("cuda") if card else pick_device(recipe.train.device)
     notes = check_plan(recipe)
-    found, report = read_rows(recipe.data, method.needs.batch)
+    found, report = rows_for(recipe, method)
     rows = found.gather() if isinstance(found, Stream) else found
+    bare = check_texts(method, recipe.method.name, rows)
+    notes += [bare] if bare else []
     known = None if is_here(recipe.model) else known_by(recipe.model.path, recipe.model.family)
     long_prompts = None
     if known is None:
@@ -179,9 +184,13 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
     )
     networks = {"unet": model.unet, **dict(zip(encoder_names(model), model.encoders(), strict=True))}
     parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    check_groups(recipe, method, world)
+    method.users = tuple(rows.users)
     with torch.device(META):
         roles = build_roles(model, method, recipe, dtype)
     memory = estimate(model, method, roles, recipe, dtype, autocast, world, device.type == "cuda")
+    if recipe.data.scorer:
+        notes.append(f"scores by {recipe.data.scorer} come first: {len(rows):,} rows, their time is not counted")
     if method.needs.reward:
         notes.append(f"what the reward {', '.join(check_rewards(method))} takes of the memory is not counted")
     if not memory.whole:
@@ -217,7 +226,8 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
         precision=str(autocast).removeprefix("torch.") if autocast else "float32",
         base_dtype=quantised_name(recipe, dtype),
         device=f"a card of {size(card)}" if card else str(device),
-        calls_per_step=memory.forward_rows * batch / share,
+        calls={role: count * batch / share for role, count in memory.calls.items()},
+        calls_per_step=sum(memory.calls.values()) * batch / share,
         cache_bytes=disk.bytes,
         cache_missing_bytes=disk.missing_bytes,
         cache_free=disk.free,

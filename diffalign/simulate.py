@@ -8,11 +8,13 @@ supplied, since the meta device has neither: autocast as CUDA does it, and atten
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
@@ -29,7 +31,7 @@ from .methods.base import Method, Phase
 from .roles import Roles
 
 META = torch.device("meta")
-LATENTS = {"pair": ("chosen", "rejected"), "image": ("image",)}
+LATENTS = {"pair": ("chosen", "rejected"), "image": ("image",), "prompt": ()}
 fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -55,14 +57,25 @@ class Usage:
     """Bytes and work of one micro-batch of a phase, beyond weights, adapters, gradients and optimiser states.
 
     ``held`` is what forward keeps for backward, ``peak`` the most at any moment, ``flops`` of forward and backward
-    together, ``rows`` the samples through U-Net forwards. ``whole`` is False where the method's loss cannot run without
-    numbers, and one trained and one reference call stand in for it."""
+    together, ``calls`` the samples that the loss sends through the U-Net by role (recomputation in the backward pass is
+    in ``flops`` alone). ``whole`` is False where the method's loss cannot run without numbers, and one trained and one
+    reference call stand in for it."""
 
     held: int
     peak: int
     flops: float
-    rows: int
+    calls: dict[str, int] = field(default_factory=dict)
     whole: bool = True
+
+    def onward(self, more: Usage, steps: int) -> Usage:
+        """This, of one of some equal steps, and ``more``, of two, give what ``steps`` of them take.
+
+        The second step makes the peak what it stays but for what each keeps: from then on gradients of weights that are
+        used more than once wait for one another."""
+        kept = (steps - 2) * (more.held - self.held)
+        flops = self.flops + (steps - 1) * (more.flops - self.flops)
+        calls = {role: count + (steps - 1) * (more.calls[role] - count) for role, count in self.calls.items()}
+        return Usage(more.held + kept, more.peak + kept, flops, calls, self.whole and more.whole)
 
 
 class Live(TorchDispatchMode):
@@ -151,13 +164,51 @@ class CudaLike(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class _Middle(np.random.Generator):
+    """Draws of which whole numbers lie at ``share`` of their range: what is expected, in place of some chance."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__(np.random.PCG64(0))
+        self.share = share
+
+    def integers(self, low: Any, high: Any = None, size: Any = None, **kwargs: Any) -> Any:
+        first, last = (0, low) if high is None else (low, high)
+        value = int(first + self.share * (last - first))
+        return value if size is None else np.full(size, value)
+
+
 class _Context(Context):
-    """The context of a simulated step."""
+    """The context of a simulated step.
+
+    A call without gradient leaves nothing behind, so that it is run once; its like are added up."""
 
     modes: Callable[[], AbstractContextManager[object]] = nullcontext
+    live: Live
+    calls: Counter[str]
+    known: dict[object, tuple[torch.Size, float, int]]
 
     def casting(self) -> AbstractContextManager[object]:
         return self.modes()
+
+    def rng(self, tag: str, batch: Batch) -> list[np.random.Generator]:
+        count = len(batch.ids)
+        return [_Middle((i + 1) / (count + 1)) for i in range(count)]
+
+    def model(self, role: str, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().model(role, x_t, t, cond, guidance)
+        live, key = self.live, (role, x_t.shape, cond.embeds.shape, guidance == 1.0)
+        if key not in self.known:
+            now, peak, flops = live.now, live.peak, live.flops
+            live.peak = now
+            shape = super().model(role, x_t, t, cond, guidance).shape
+            self.known[key] = shape, live.flops - flops, live.peak - now
+            live.peak = max(peak, live.peak)
+        else:
+            self.calls[role] += len(x_t) * (1 if guidance == 1.0 else 2)
+            live.flops += self.known[key][1]
+            live.peak = max(live.peak, live.now + self.known[key][2])
+        return torch.empty(self.known[key][0], device=META)
 
 
 def checkpoint_under(roles: Roles, modes: Callable[[], AbstractContextManager[object]]) -> None:
@@ -197,21 +248,36 @@ def simulate_phase(
 ) -> Usage:
     """One micro-batch of ``rows`` through ``phase``: loss and backward.
 
+    Of ``Method.repeated`` steps one and two are run, and the others follow their difference.
+
     Args:
         roles: networks on the meta device.
         rows: pairs, or images of methods on images.
         autocast, norms, holds: see `CudaLike`.
         decoder: of methods that decode. What rewards take is not counted.
     """
+    steps = getattr(method.config, method.repeated) if method.repeated else 0
+    if steps > 2:
+        one, two = (
+            simulate_phase(
+                type(method)(method.config.model_copy(update={method.repeated: count})),
+                *(roles, phase, shapes, rows, denoiser, autocast),
+                norms=norms,
+                holds=holds,
+                decoder=decoder,
+            )
+            for count in (1, 2)
+        )
+        return one.onward(two, steps)
 
     def modes() -> AbstractContextManager[object]:
         return CudaLike(autocast, norms, holds)
 
     checkpoint_under(roles, modes)
     roles.train_only(phase.trains)
-    forwards: list[int] = []
+    calls: Counter[str] = Counter()
     hooks = [
-        network.register_forward_pre_hook(lambda module, args: forwards.append(len(args[0])))
+        network.register_forward_pre_hook(lambda module, args: calls.update({roles.current: len(args[0])}))
         for network in {id(n): n for n in roles.networks.values()}.values()
     ]
     spare = [t for m in (*roles.networks.values(), *roles.modules.values()) for t in (*m.parameters(), *m.buffers())]
@@ -221,12 +287,12 @@ def simulate_phase(
         spare.append(parameter.grad)
     try:
         with torch.device(META):
-            ctx = _Context(roles, denoiser, 0, META, shapes.cond(1), phase=phase.name)
-            ctx.modes = modes
+            ctx = _Context(roles, denoiser, 0, META, shapes.cond(1), phase=phase.name, latent_shape=shapes.latents)
+            ctx.modes, ctx.calls, ctx.known = modes, calls, {}
             ctx.decoder = decoder
             ctx.rewards = dict.fromkeys(parse_scorers(method.rewards()), _reward) if method.needs.reward else {}
             batch = _batch(method, phase, shapes, rows)
-            live = Live(spare)
+            ctx.live = live = Live(spare)
             try:
                 whole = True
                 with live:
@@ -234,10 +300,11 @@ def simulate_phase(
                     total = (loss.values * loss.weights).sum()
             except (RuntimeError, NotImplementedError):  # a loss that looks at numbers
                 whole, live = False, Live(spare)
-                forwards.clear()
+                ctx.live, ctx.known = live, {}
+                calls.clear()
                 with live:
                     total = _calls(method, ctx, phase, shapes, rows)
-            held = live.now
+            held, made = live.now, dict(calls)
             with live:
                 total.backward()
     finally:
@@ -245,7 +312,7 @@ def simulate_phase(
             hook.remove()
         for parameter in trained:
             parameter.grad = None
-    return Usage(held, live.peak, live.flops, sum(forwards), whole)
+    return Usage(held, live.peak, live.flops, made, whole)
 
 
 def _reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -255,7 +322,7 @@ def _reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 def _batch(method: Method[Any], phase: Phase, shapes: Shapes, rows: int) -> Batch:
     """A micro-batch of nothing."""
-    names = LATENTS.get(method.needs.batch, ("image",))
+    names = LATENTS[method.needs.batch]
     return Batch(
         tuple(str(i) for i in range(rows)),
         (0,) * rows,
@@ -267,7 +334,7 @@ def _batch(method: Method[Any], phase: Phase, shapes: Shapes, rows: int) -> Batc
             draw_key(tag, phase.name, 0): (torch.zeros(rows, dtype=torch.int64), torch.empty(rows, *shapes.latents))
             for tag in method.needs.draws
         },
-        {name: torch.empty(rows, 6) for name in names},
+        {name: torch.empty(rows, 6) for name in names or ("image",)},
         ("",) * rows,
     )
 
@@ -289,4 +356,4 @@ def simulate_forward(network: nn.Module, call: Callable[[], object], autocast: t
     live = Live([*network.parameters(), *network.buffers()])
     with torch.no_grad(), torch.device(META), live, CudaLike(autocast):
         call()
-    return Usage(live.now, live.peak, live.flops, 0)
+    return Usage(live.now, live.peak, live.flops)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from peft import LoraConfig
 from small import settings, write_pairs
 from tiny import SD_SCHEDULE, tiny_unet
 from torch import Tensor, nn
-from world import Rows, forward, make_context, make_trainer, warm
+from world import Rows, every_method, forward, make_context, make_trainer, warm
 
 from diffalign.data.batch import Cond
 from diffalign.denoiser import Denoiser
@@ -23,12 +24,14 @@ from diffalign.families.known import ADDRESSES, KNOWN, count, known_by, meta_net
 from diffalign.families.random_sd1 import sd15_unet
 from diffalign.memory import Memory, estimate, optimizer_bytes
 from diffalign.methods import make_method
+from diffalign.methods.base import Method
 from diffalign.plan import ROOM, known_model
 from diffalign.presets import ADAPTERS, CARDS, COPIES, GIB, load_with_preset, preset_overrides
 from diffalign.recipe import load_recipe
 from diffalign.roles import Roles
 from diffalign.setup import build_roles, make_method_of
 from diffalign.simulate import Live, Shapes, simulate_phase
+from diffalign.trainer import Trainer
 
 # diffusers' and transformers' own classes at the published configs; the U-Nets' are in the papers as 0.86 B and 2.6 B
 TOTALS = {
@@ -127,7 +130,7 @@ def test_activations_are_those_of_a_real_step(name: str, method: str, copies: bo
     roles = roles_of(name, copies, checkpointing, made.needs.reference, "meta")
     shapes = Shapes((4, side, side), 77, width)
     used = simulate_phase(made, roles, made.phases[0], shapes, rows, Denoiser.from_config(SD_SCHEDULE))
-    assert used.whole and used.rows == rows * (4 if method == "dpo" else 1)
+    assert used.whole and used.calls == ({"student": 8, "base": 8} if method == "dpo" else {"student": 4})
     assert used.held == pytest.approx(hooks, rel=0.15), "bytes that autograd keeps"
     assert used.held == pytest.approx(held, rel=0.05) and used.peak == pytest.approx(peak, rel=0.05)
 
@@ -281,3 +284,45 @@ def test_half_precision_is_seen_as_autocast_has_it() -> None:
     denoiser = Denoiser.from_config(SD_SCHEDULE)
     used = simulate_phase(method, roles, phase, shapes, rows, denoiser, torch.bfloat16, norms=False)
     assert used.held == pytest.approx(held, rel=0.1) and used.peak == pytest.approx(live.peak, rel=0.1)
+
+
+def test_equal_steps_of_a_loss_are_reckoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inversion-DPO's path of four steps from two: as if all were run; its own checkpoint around the network's."""
+    method = make_method("inversion_dpo", {"inversion_steps": 4})
+    shapes, found = Shapes((4, 8, 8), 77, 16), []
+    for name in ("", "inversion_steps"):
+        monkeypatch.setattr(type(method), "repeated", name)
+        roles = roles_of("tiny", True, True, True, "meta")
+        denoiser = Denoiser.from_config(SD_SCHEDULE)
+        found.append(simulate_phase(method, roles, method.phases[0], shapes, 3, denoiser, torch.bfloat16))
+    every, few = found
+    # 4 steps x 2 pictures x 3 pairs x 2 branches; the base makes the path and is compared with it
+    assert few.whole and few.calls == every.calls == {"base": 96, "student": 48}
+    assert few.flops == pytest.approx(every.flops, rel=1e-6)
+    assert few.held == every.held and few.peak == pytest.approx(every.peak, rel=0.01)
+
+
+def count_calls(trainer: Trainer, visits: int) -> dict[str, float]:
+    """Samples that one loss sends through the network by role: the mean over visits, with their own draws."""
+    calls: Counter[str] = Counter()
+    roles = trainer.roles
+    networks = {id(n): n for n in roles.networks.values()}.values()
+    hooks = [n.register_forward_pre_hook(lambda _, a: calls.update({roles.current: len(a[0])})) for n in networks]
+    for visit in range(visits):
+        batch = trainer.source.load([0, 1, 2, 3], [visit] * 4)
+        with torch.no_grad():
+            trainer.method.loss(trainer.ctx, batch, trainer.method.phases[0])
+    for hook in hooks:
+        hook.remove()
+    return {role: count / visits for role, count in calls.items()}
+
+
+@pytest.mark.parametrize("method", [m for m in every_method() if len(m.phases) == 1], ids=lambda m: type(m).__name__)
+def test_planned_calls_are_those_that_are_made(method: Method[Any]) -> None:
+    made = count_calls(make_trainer(method), 6)
+    roles = roles_of("tiny", False, False, method.needs.reference, "meta")
+    used = simulate_phase(
+        method, roles, method.phases[0], Shapes((4, 8, 8), 5, 16), 4, Denoiser.from_config(SD_SCHEDULE)
+    )
+    # paths that end at drawn times are counted for times that lie evenly
+    assert used.whole and used.calls == {role: pytest.approx(count, rel=0.15) for role, count in made.items()}

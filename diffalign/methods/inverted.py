@@ -62,7 +62,7 @@ class InvertedPair(PairMethod[I], Generic[I]):
         config, denoiser = self.config, ctx.denoiser
         rngs = ctx.rng("inversion", batch)
         # drawn here and not by the loader: the grid is worked out on the CPU, and nothing waits for the device
-        t = torch.tensor([int(rng.integers(denoiser.num_timesteps)) for rng in rngs]).repeat(2)
+        t = torch.tensor([int(rng.integers(denoiser.num_timesteps)) for rng in rngs], device="cpu").repeat(2)
         x0 = torch.cat([batch.latents["chosen"], batch.latents["rejected"]])
         cond = self.pair_cond(batch)
         levels, mask, told = self.grid(ctx, t)

@@ -57,6 +57,7 @@ class InversionDPO(PairMethod[InversionDPOConfig]):
         differs="default form and sign (see the docstring); per sample (authors: the mean over the batch)",
     )
     needs = Needs(batch="pair", draws=())
+    repeated = "inversion_steps"
 
     def measure(self, ctx: Context, batch: Batch) -> PairErrors:
         """Sums along the path: each error is mean_i k_i times the mean squared distance, in noise."""

@@ -18,6 +18,9 @@ HERE = "PATH/OF/THIS/FOLDER"
 PIPELINES = {"sdxl": "StableDiffusionXLPipeline"}  # every other family: StableDiffusionPipeline
 
 
+Form = Literal["lora", "pipeline", "kohya", "extra"]
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the weights lie for the reader of the card: a path or hub id, and the file's name of a kohya LoRA.
@@ -75,15 +78,16 @@ def training_table(facts: Facts) -> dict[str, object]:
         "rows": facts.rows,
         **{f"method.{k}": v for k, v in method.items() if k != "name"},
     }
-    lora = model.get("lora") if model.get("storage") == "adapters" else None
+    lora = model.get("lora") if model.get("storage") == "adapters" and facts.kind != "extra" else None
     if lora:
         alpha = lora.get("alpha") or lora.get("rank")
         table |= {"LoRA rank": lora.get("rank"), "LoRA alpha": alpha, "LoRA targets": lora.get("targets")}
     return {key: value for key, value in table.items() if value is not None or key.startswith("method.")}
 
 
-def card(facts: Facts, form: Literal["lora", "pipeline", "kohya"], place: Place | None = None) -> str:
-    """The model card as Markdown. ``form`` is what the folder holds: a diffusers LoRA, a pipeline, or a kohya LoRA."""
+def card(facts: Facts, form: Form, place: Place | None = None) -> str:
+    """The model card as Markdown. ``form`` is what the folder holds: a diffusers LoRA, a pipeline, a kohya LoRA, or
+    parts beside the U-Net."""
     place = place or Place()
     model = facts.recipe.get("model") or {}
     base = place.shown(facts.base or "THE/BASE") if place.shared or not facts.base else local_path(facts.base)

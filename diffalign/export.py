@@ -14,6 +14,7 @@ from .card import card
 from .checkpoint import write_atomic
 from .facts import FACTS, Facts, SamplingRecord
 from .families import load_model, save_lora, save_merged
+from .families.extras import save_extra
 from .recipe import ModelRecipe
 from .validate import averaged
 
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 
 
 def export_run(parts: Parts, trainer: Trainer, run: Run) -> Path:
-    """Write ``run.model``: LoRA or whole pipeline of the student, other built roles, card and diffalign.json.
+    """Write ``run.model``: LoRA, parts beside the U-Net or whole pipeline of the student, other built roles, card and
+    diffalign.json.
 
     With ``output.merged`` a LoRA run also writes ``merged/``, a whole pipeline with the LoRA folded in. A few-step
     student's scheduler goes along."""
@@ -35,7 +37,9 @@ def export_run(parts: Parts, trainer: Trainer, run: Run) -> Path:
         if whole is None:  # this process only came along because the network is sharded
             return folder
         folder.mkdir(parents=True, exist_ok=True)
-        if roles.lora is not None:
+        if "student" in roles.extras:
+            save_extra(roles.extras["student"], folder)
+        elif roles.lora is not None:
             state = adapter_state(roles.state_dict("student"), "student")
             save_lora(state, roles.lora, folder)
             if recipe.output.merged:
@@ -43,7 +47,7 @@ def export_run(parts: Parts, trainer: Trainer, run: Run) -> Path:
                 save_merged(parts.model, run.dir / "merged", unet=unet, lora=(state, roles.lora), record=record)
         else:
             save_merged(parts.model, folder, unet=whole, record=record)
-        for name in roles.modules:
+        for name in roles.modules.keys() - roles.extras.keys():
             save_file({k: v.contiguous() for k, v in roles.state_dict(name).items()}, folder / f"{name}.safetensors")
     facts = facts_of(parts, run, record)
     if facts.kind == "lora":
@@ -61,12 +65,12 @@ def original_unet(recipe: ModelRecipe) -> nn.Module:
 
 def facts_of(parts: Parts, run: Run, record: SamplingRecord | None) -> Facts:
     """What a run knows of its weights."""
-    recipe, paper = parts.recipe, parts.method.paper
+    recipe, paper, roles = parts.recipe, parts.method.paper, parts.trainer.roles
     held: dict[str, Any] = next((row for row in reversed(run.log) if row["kind"] == "validate"), {})
     return Facts(
         name=recipe.name,
         description=recipe.description,
-        kind="lora" if parts.trainer.roles.lora is not None else "pipeline",
+        kind="extra" if roles.extras else "lora" if roles.lora is not None else "pipeline",
         family=parts.model.family,
         base=recipe.model.path,
         method=recipe.method.name,

@@ -143,16 +143,17 @@ def student_record(
 class Facts(BaseModel):
     """diffalign.json. What an older or foreign file does not say is None or empty.
 
-    ``kind``: a LoRA, or a whole pipeline. ``base`` is the model's path or hub id; ``scheduler`` the class of the base's
-    own scheduler; ``rows`` what it was trained on, ``prompt`` one of them; ``heldout`` the last held-out numbers;
-    ``data`` a hash of the data; ``export`` the format of a copy that `diffalign export` wrote."""
+    ``kind``: a LoRA, a whole pipeline, or parts beside a U-Net (soft tokens, user attention). ``base`` is the model's
+    path or hub id; ``scheduler`` the class of the base's own scheduler; ``rows`` what it was trained on, ``prompt`` one
+    of them; ``heldout`` the last held-out numbers; ``data`` a hash of the data; ``export`` the format of a copy that
+    `diffalign export` wrote."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     format: int = 2
     name: str = "model"
     description: str = ""
-    kind: Literal["lora", "pipeline"] = "lora"
+    kind: Literal["lora", "pipeline", "extra"] = "lora"
     family: str | None = None
     base: str | None = None
     method: str | None = None

@@ -16,13 +16,15 @@ from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .card import HERE, Place, card
+from .card import HERE, Form, Place, card
 from .checkpoint import write_atomic
 from .errors import RunError, UserError
 from .export import save_scheduler
 from .facts import FACTS, Facts, read_facts
 from .families import detect, load_model
 from .families.device import DTYPES
+from .families.extras import NAME as EXTRA
+from .families.extras import load_extra, save_extra
 from .families.folder import HUB_ID, ModelFolder
 from .families.kohya import kohya_metadata, to_kohya
 from .families.lora import NAME
@@ -60,8 +62,9 @@ def export_model(
 
     Args:
         model: a run's folder, a LoRA (file or folder), or a model (folder, built-in name, hub id).
-        format: ``diffusers`` (a LoRA stays a LoRA, a model a pipeline folder), ``kohya`` (LoRA for ComfyUI, A1111,
-            Forge) or ``merged`` (a whole pipeline, the LoRA folded in).
+        format: ``diffusers`` (a LoRA stays a LoRA, a model a pipeline folder; soft tokens and user attention stay what
+            they are, for `pipelines.extras`), ``kohya`` (LoRA for ComfyUI, A1111, Forge) or ``merged`` (a whole
+            pipeline, the LoRA folded in).
         out: the folder to write; default ``export/FORMAT`` in the run's folder. An earlier export there is replaced.
         dtype: fp32, fp16 or bf16; default: a LoRA as it is stored, a pipeline in fp32.
         base: the model under a LoRA; default the one it was trained on.
@@ -78,7 +81,12 @@ def export_model(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype '{dtype}'; known: {', '.join(DTYPES)}")
     source = find_source(model, base, role, revision, variant)
-    if format == "kohya" and not source.is_lora:
+    if source.extra is not None and format != "diffusers":
+        raise UserError(
+            f"'{model}' is no LoRA: its soft tokens or user attention stand beside the U-Net, and {format} cannot hold "
+            "them; use --format diffusers"
+        )
+    if format == "kohya" and not source.is_lora and source.extra is None:
         raise UserError(
             f"'{model}' is a whole model, and kohya's format holds LoRAs; use --format merged, or train a LoRA "
             "(model.storage=adapters)"
@@ -87,7 +95,9 @@ def export_model(
     place = Place(repo or HERE, shared=True)
     number = DTYPES[dtype] if dtype else None
     with _whole_or_nothing(folder, format) as partial:
-        if source.is_lora and format != "merged":
+        if source.extra is not None:
+            weights = _extra(source, source.extra, partial, number, place)
+        elif source.is_lora and format != "merged":
             weights = _lora(source, format, partial, number, place)
         else:
             weights = _pipeline(source, format, partial, number or torch.float32, place)
@@ -123,6 +133,15 @@ def _lora(source: Source, format: Format, folder: Path, dtype: torch.dtype | Non
     return place.weights
 
 
+def _extra(source: Source, file: Path, folder: Path, dtype: torch.dtype | None, place: Place) -> str:
+    """Soft tokens or user attention, with a card that says how to load them."""
+    assert source.base is not None
+    opened, family = detect(source.base)
+    save_extra(load_extra(file, meta_unet(opened)), folder, dtype)
+    _describe(replace_facts(source, "extra", "diffusers", family, opened), "extra", folder, place)
+    return EXTRA
+
+
 def _pipeline(source: Source, format: Format, folder: Path, dtype: torch.dtype, place: Place) -> str:
     base = source.base or source.model
     assert base is not None
@@ -137,20 +156,20 @@ def _pipeline(source: Source, format: Format, folder: Path, dtype: torch.dtype, 
     return "."
 
 
-def _describe(facts: Facts, form: Literal["lora", "pipeline", "kohya"], folder: Path, place: Place) -> None:
+def _describe(facts: Facts, form: Form, folder: Path, place: Place) -> None:
     write_atomic(folder / FACTS, facts.text())
     write_atomic(folder / "README.md", card(facts, form, place))
 
 
 def replace_facts(
-    source: Source, kind: Literal["lora", "pipeline"], format: Format, family: str, folder: ModelFolder
+    source: Source, kind: Literal["lora", "pipeline", "extra"], format: Format, family: str, folder: ModelFolder
 ) -> Facts:
     """The facts of an export: those of its source, without paths of this machine."""
     known = source.facts
     scheduler = known.scheduler or folder.scheduler.get("_class_name")
     name = known.name if known.name != "model" else source.stem
     changes = {"kind": kind, "export": format, "family": family, "scheduler": scheduler, "name": name, "format": 2}
-    base = source.base.path if source.base and kind == "lora" else known.base
+    base = source.base.path if source.base and kind != "pipeline" else known.base
     recipe = without_paths(known.recipe)
     return known.model_copy(update={**changes, "base": shareable(base), "recipe": recipe})
 

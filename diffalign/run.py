@@ -78,7 +78,9 @@ class Run:
         from diffusers import AutoencoderKL, DiffusionPipeline
 
         from .families import detect, fetch
+        from .families.extras import find_extra
         from .families.lora import find_lora
+        from .pipelines.extras import apply_extra
 
         model = self.recipe.model
         if model.storage == "copies":
@@ -92,7 +94,10 @@ class Run:
             pipe.load_lora_weights(str(find_lora(lora.path, lora.weight_name)))
             pipe.fuse_lora(lora_scale=lora.scale)
             pipe.unload_lora_weights()
-        pipe.load_lora_weights(self.model)
+        if find_extra(self.model):
+            apply_extra(pipe, self.model)
+        else:
+            pipe.load_lora_weights(self.model)
         return pipe
 
     @staticmethod

@@ -17,6 +17,7 @@ from .checkpoint import checkpoint_dirs, load_checkpoint
 from .errors import UserError, nearest
 from .export import adapter_state
 from .facts import Facts, read_facts
+from .families.extras import find_extra
 from .families.folder import open_folder
 from .families.lora import LoraWeights, find_lora, read_lora
 from .families.save import save_lora
@@ -32,7 +33,8 @@ class Source:
     """What is exported.
 
     A LoRA has a ``base`` and either a ``file`` or an ``adapter`` from a checkpoint; a whole model is ``model``, or the
-    ``base`` with the weights ``network`` of a checkpoint in its U-Net. ``run`` is the run's folder, where it is one."""
+    ``base`` with the weights ``network`` of a checkpoint in its U-Net. ``extra`` is a file of parts beside the U-Net of
+    ``base``. ``run`` is the run's folder, where it is one."""
 
     name: str
     facts: Facts
@@ -42,6 +44,7 @@ class Source:
     model: ModelRecipe | None = None
     network: dict[str, Tensor] | None = field(default=None, repr=False)
     run: Path | None = None
+    extra: Path | None = None
 
     @property
     def is_lora(self) -> bool:
@@ -102,8 +105,11 @@ def find_source(
         return Source(
             model, facts or Facts(kind="pipeline"), model=ModelRecipe(path=model, revision=revision, variant=variant)
         )
-    file = find_lora(model)
+    extra = find_extra(place)
+    file = extra or find_lora(model)
     facts = read_facts(file.parent) or Facts()
+    if extra:
+        return Source(model, facts, given or _known_base(facts, model), extra=extra)
     return Source(model, facts, given or _known_base(facts, model), file)
 
 
@@ -149,6 +155,8 @@ def _run(place: Path, name: str, given: ModelRecipe | None, role: str | None) ->
         kept = checkpoint_dirs(place / "checkpoints")
         hint = f"give --role student to export {kept[-1].name}" if kept else "it has no checkpoint yet"
         raise UserError(f"run '{name}' has no model/ yet: go on with its training, or {hint}")
+    if extra := find_extra(folder):
+        return Source(name, facts, base, run=place, extra=extra)
     return Source(name, facts, base, find_lora(str(folder)), run=place)
 
 
@@ -181,5 +189,5 @@ def _from_checkpoint(place: Path, name: str, base: ModelRecipe, facts: Facts, ro
         config = LoraConfig(r=lora["rank"], lora_alpha=lora["alpha"] or lora["rank"], target_modules=layers)
         return Source(name, facts, base, adapter=LoraWeights(state, config), run=place)
     if adapters:
-        raise UserError(f"role '{role}' of run '{name}' is no version of the U-Net; export {', '.join(known)}")
+        raise UserError(f"role '{role}' of run '{name}' is no LoRA or network; leave --role out to export model/")
     return Source(name, facts, base, network=tensors, run=place)

@@ -12,10 +12,12 @@ from ..errors import UserError
 from ..facts import SamplingRecord
 from ..families import detect
 from ..families.base import DTYPE, load_part
+from ..families.extras import find_extra
 from ..families.folder import ModelFolder, fetch, hash_file
 from ..families.lora import find_lora, fuse_loras, load_lora
 from ..families.schedulers import make_scheduler, recorded_scheduler
 from ..recipe import ModelRecipe, read_yaml
+from .extras import apply_extra, split_user
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -37,7 +39,7 @@ class Opened:
 def resolve(model: str, lora: str | None, revision: str | None, variant: str | None) -> tuple[ModelRecipe, str | None]:
     """The base and the LoRA that ``model`` stands for. A run's folder with a LoRA in ``model/`` stands for both:
     the base of its recipe and, when no other is asked for, that LoRA."""
-    run = Path(model).expanduser()
+    run = Path(split_user(model)[0]).expanduser()
     recipe_file = run / "recipe.yaml"
     if not recipe_file.is_file() or not (run / "model").is_dir() or (run / "model" / "model_index.json").is_file():
         return ModelRecipe(path=model, revision=revision, variant=variant), lora
@@ -68,7 +70,8 @@ def open_pipeline(
 
     Args:
         model: folder, built-in name, hub id, or a run's folder.
-        lora: a LoRA file, its folder or a run's folder; stays an adapter with weight ``lora_scale``.
+        lora: a LoRA file, its folder or a run's folder; stays an adapter with weight ``lora_scale``. Soft tokens and
+            user attention are found there too; ``RUN#USER`` chooses a user of a PPD run.
         scheduler: short name (`families.schedulers`).
         record: a few-step model's own scheduler, in the place of ``scheduler``.
 
@@ -76,7 +79,8 @@ def open_pipeline(
         UserError: no such model or LoRA, damaged or unfitting weights.
     """
     recipe, lora = resolve(model, lora, revision, variant)
-    file = find_lora(lora) if lora else None
+    extra = find_extra(split_user(lora)[0]) if lora else None
+    file = find_lora(lora) if lora and extra is None else None
     folder, family = detect(recipe)
     fetch(folder, recipe.revision)
     pipeline = _from_pretrained(folder, dtype)
@@ -89,7 +93,11 @@ def open_pipeline(
         hashes["lora"] = hash_file(file)
     pipeline.scheduler = recorded_scheduler(record) if record else make_scheduler(scheduler, folder.scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    return Opened(pipeline.to(device), family, recipe.path, str(lora) if lora else None, hashes)
+    pipeline = pipeline.to(device)
+    if lora and extra:
+        apply_extra(pipeline, lora, scale=lora_scale)
+        hashes["lora"] = f"{hash_file(extra)} {split_user(lora)[1] or ''}".strip()
+    return Opened(pipeline, family, recipe.path, str(lora) if lora else None, hashes)
 
 
 def used(folder: ModelFolder) -> list[str]:

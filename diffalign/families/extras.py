@@ -39,6 +39,7 @@ class Extra(nn.Module):
         self.on = False
         self.scale = 1.0
         self._call: Any = None
+        self._hooks: list[RemovableHandle] = []
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -56,15 +57,17 @@ class Extra(nn.Module):
         """The parts of the U-Net that are given it: down, mid, up."""
         return PARTS
 
-    def attach(self, unet: nn.Module) -> list[RemovableHandle]:
-        """Puts its hooks on a U-Net; the handles take them off again."""
-        hooks = [
-            unet.register_forward_pre_hook(self._begin, with_kwargs=True),
-            unet.register_forward_hook(self._end, always_call=True),
-        ]
+    def attach(self, unet: nn.Module) -> None:
+        """Puts its hooks on a U-Net."""
+        self._hooks.append(unet.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._hooks.append(unet.register_forward_hook(self._end, always_call=True))
         for block in blocks(unet, self.parts()):
-            hooks.append(block.register_forward_pre_hook(self._give, with_kwargs=True))
-        return hooks
+            self._hooks.append(block.register_forward_pre_hook(self._give, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Takes its hooks off again."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def _begin(self, unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.on:
@@ -175,6 +178,15 @@ def extra_header(file: Path) -> dict[str, Any] | None:
         return None if text is None else dict(json.loads(text))
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise UserError(f"weights file '{file}' is damaged ({' '.join(str(error).split())}); restore it") from error
+
+
+def find_extra(path: str | Path) -> Path | None:
+    """The file of such parts: a file, a folder of one, or a run's folder (its ``model/``); None where there is none."""
+    place = Path(path).expanduser()
+    for file in (place, place / NAME, place / "model" / NAME):
+        if file.is_file() and file.suffix == ".safetensors" and extra_header(file) is not None:
+            return file
+    return None
 
 
 def load_extra(file: Path, unet: nn.Module | None = None) -> Extra:

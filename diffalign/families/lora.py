@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..recipe import LoraFile
+from .extras import extra_header
 from .folder import HUB_ID, check_safetensors, hash_file
 from .targets import adaptable
 
@@ -43,6 +44,11 @@ def find_lora(path: str, weight_name: str | None = None) -> Path:
             f"LoRA '{path}' is a {file.suffix or 'nameless'} file; only .safetensors is read, convert it first"
         )
     check_safetensors(file)
+    if extra_header(file) is not None:
+        raise UserError(
+            f"'{path}' holds parts beside the U-Net (soft tokens or user attention), which are no LoRA and cannot be "
+            "fused, merged or converted; sample with it by --lora, or see pipelines.extras.apply_extra"
+        )
     return file
 
 

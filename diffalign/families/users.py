@@ -120,12 +120,11 @@ class UserAttention(Extra):
         """Text and users side by side, parted again by each attention."""
         return text, call
 
-    def attach(self, unet: nn.Module) -> list[RemovableHandle]:
+    def attach(self, unet: nn.Module) -> None:
         """Hooks on the blocks, and on each cross-attention: its input, its query and its output layer."""
-        hooks = super().attach(unet)
+        super().attach(unet)
         for name, attention in cross_attentions(unet).items():
-            hooks += self._attend(attention, self.layers[key_of(name)])
-        return hooks
+            self._hooks += self._attend(attention, self.layers[key_of(name)])
 
     def _attend(self, attention: Attention, layer: nn.Module) -> list[RemovableHandle]:
         assert isinstance(layer, _Layer)

@@ -29,7 +29,7 @@ def check_reference(recipe: Recipe, method: Method[Any]) -> PairMethod[Any]:
     if not isinstance(method, PairMethod) or not method.needs.reference:
         raise UserError(f"{key}: method '{recipe.method.name}' compares no pair with the base; set it to null")
     own = [
-        hook for hook in ("noise", "errors", "measure") if getattr(type(method), hook) is not getattr(PairMethod, hook)
+        hook for hook in ("noise", "draw", "errors", "measure") if getattr(type(method), hook) is not getattr(PairMethod, hook)
     ]
     if own:
         raise UserError(f"{key}: method '{recipe.method.name}' has its own way to the base's errors; set it to null")

@@ -35,8 +35,8 @@ def test_a_builtin_recipe_loads_and_comes_back(name: str, tmp_path: Path) -> Non
     assert recipe.name == name and recipe.description == describe_recipe(name) != ""
     assert str(recipe.output_dir()) == f"runs/{name.replace('/', '-')}"
     options = {k: v for k, v in recipe.method.model_dump().items() if k != "name"}
-    config = make_method(recipe.method.name, options).config.model_dump()
-    assert options.items() <= config.items()
+    config = make_method(recipe.method.name, options).config.model_dump(mode="json")
+    assert {key: config[key] for key in options} == options
     assert load_recipe(recipe) == recipe
     (tmp_path / "copy.yaml").write_text(yaml.safe_dump(recipe.dump(), sort_keys=False))
     assert load_recipe(tmp_path / "copy.yaml") == recipe
@@ -124,6 +124,13 @@ SHEET: dict[str, dict[str, Any]] = {
     # no numbers of the authors: those of SD2.1 with the changes of the SDXL launcher
     "sdxl/dcpo": {**SHARED, **LAUNCHER, **XL, "method.name": "dcpo", "method.beta": 500}
     | {"train.batch": 128 * 8, "train.lr": 1e-8 * 128 * 8, "data.caption_dropout": 0.0},
+    # online sheet, 2B: the released concept script; both sizes the same but for the resolution
+    **{
+        f"{family}/pso": {**SHARED, **LORA, "method.name": "pso", "method.beta": 5.0, "model.lora.rank": 16}
+        | {"method.timesteps": [999, 749, 499, 249], "method.negative": 1.0, "method.prior": 0.0}
+        | {"train.lr": 2e-4, "train.batch": 4, "train.steps": 2000, "data.resolution": side}
+        for family, side in (("sd15", 512), ("sdxl", 1024))
+    },
     # DCPO's run on this model, but at its own size and on its own prediction (sheet 8.3 and 8.7)
     "sd21/dpo": {**SHARED, **LAUNCHER, "method.name": "dpo", "method.beta": 500, "method.error_space": "epsilon"}
     | {"train.batch": 128 * 8, "train.lr": 1e-8 * 128 * 8, "data.caption_dropout": 0.0, "data.resolution": 768},

@@ -88,11 +88,15 @@ class PairMethod(Method[P], Generic[P]):
 
     def noise(self, ctx: Context, batch: Batch) -> Noised:
         """Forward noising with one (t, noise) a pair, shared by both members."""
-        t, noise = ctx.draw(batch)
+        t, noise = self.draw(ctx, batch)
         x0 = torch.cat([batch.latents["chosen"], batch.latents["rejected"]])
         t, noise = t.repeat(2), noise.repeat(2, 1, 1, 1)
         denoiser = ctx.denoiser
         return Noised(denoiser.add_noise(x0, noise, t), t, denoiser.target(x0, noise, t), self.pair_cond(batch))
+
+    def draw(self, ctx: Context, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(t (B,), noise) of each pair: every time of the schedule alike."""
+        return ctx.draw(batch)
 
     def pair_cond(self, batch: Batch) -> Cond:
         """Conditioning of the stacked pair (2B): each picture's own sizes, and the loser's own prompt if it has one."""

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 import typer
 
-from .common import AsJson, Overrides, Quiet, app, out
+from .common import AsJson, Device, Dtype, Overrides, Quiet, app, is_main, out
 
-pairs = typer.Typer(help="Preference pairs: check, convert.", no_args_is_help=True)
+pairs = typer.Typer(help="Preference pairs: check, convert, caption.", no_args_is_help=True)
 app.add_typer(pairs, name="pairs")
 
 
@@ -60,3 +60,52 @@ def pairs_convert(
     options = ConvertOptions(form, resize, quality, link)
     found = convert_pairs(data_recipe(source, changes), target, options, Console(not quiet).counting("converting"))
     print(json.dumps(found.json(), indent=1)) if as_json else found.render(out())
+
+
+@pairs.command("caption")
+def pairs_caption(
+    source: Annotated[str, typer.Argument(help="Pairs in any format that `pairs check` takes.", metavar="SRC")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.", metavar="DST")],
+    overrides: Overrides = None,
+    strategy: Annotated[
+        Literal["caption", "perturb", "hybrid"],
+        typer.Option(help="Say what each picture shows; perturb the loser's caption; or both."),
+    ] = "perturb",
+    captioner: Annotated[str | None, typer.Option(help="Image-to-text model: folder or hub id.")] = None,
+    perturber: Annotated[str, typer.Option(help="Text model (folder or hub id), or rules.")] = "rules",
+    level: Annotated[Literal["weak", "medium", "strong"], typer.Option(help="Of perturbation.")] = "medium",
+    tokenizer: Annotated[str | None, typer.Option(help="The perturber's, where it is not with it.")] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="What a chat model is told; {prompt} stands for the pair's prompt.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest caption.")] = 128,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs at a time.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the perturbation.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    form: Annotated[
+        Literal["folder", "jsonl", "csv", "parquet", "datasets", "webdataset"], typer.Option("--format", help="Of DST.")
+    ] = "folder",
+    limit: Annotated[int | None, typer.Option("--max", min=1, help="Stop after that many pairs.")] = None,
+    link: Annotated[bool, typer.Option("--link/--copy", help="Link to picture files instead of copying.")] = False,
+    strict: Annotated[bool, typer.Option(help="A flawed row is an error.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Give each picture of a pair a caption of its own, for DCPO. A killed run goes on where it was."""
+    from ..console import Console
+    from ..data.caption import CaptionOptions, caption_pairs
+    from ..data.convert import ConvertOptions
+    from ..recipe import data_recipe
+
+    changes = ["ties=keep", "duplicates=keep", *(text.removeprefix("data.") for text in overrides or [])]
+    changes += [f"max_pairs={limit}"] * (limit is not None) + ["strict=true"] * strict
+    given = {"instruction": instruction} if instruction else {}
+    captions = CaptionOptions(
+        strategy, captioner, perturber, level, tokenizer, max_tokens=max_tokens, batch=batch, seed=seed,
+        device=device, dtype=dtype, **given,
+    )  # fmt: skip
+    shown = Console(not quiet and is_main()).counting("captioning batches")
+    found = caption_pairs(data_recipe(source, changes), target, ConvertOptions(form, link=link), captions, shown)
+    if is_main():
+        print(json.dumps(found.json(), indent=1)) if as_json else found.render(out())

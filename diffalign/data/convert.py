@@ -12,11 +12,11 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
@@ -26,7 +26,7 @@ from .encode import ahead
 from .filters import ENTRY, Filters, Names
 from .images import ImageError, load_image, read_file
 from .readers import Draft, PairColumns, Progress, draft_or_flaw, make_pair, settle, table_of
-from .rows import BadRow, Report
+from .rows import BadRow, PairRow, Report
 from .scan import Look, look_bytes, workers
 from .table import Table
 from .writers import WRITERS, Picture, Record, Writer, suffix_of
@@ -79,18 +79,36 @@ class ConvertOptions:
         return Picture(buffer.getvalue(), "jpg")
 
 
+class Change(Protocol):
+    """What a command does to each row on its way. ``settings`` say what the new values depend on; ``fields`` are the
+    plain columns that rows have besides the source's; ``keeps`` the source's columns that ``apply`` wants to see."""
+
+    settings: Mapping[str, Any]
+    fields: tuple[str, ...]
+    keeps: tuple[str, ...]
+
+    def apply(self, row: PairRow, source: Mapping[str, Any]) -> tuple[PairRow, dict[str, Any]]:
+        """The row as it is written, and values of columns that no row has. ``source``: values of ``keeps``, and
+        ``turned``: whether the source named the loser first."""
+
+    def counts(self) -> dict[str, int]:
+        """What was done, for the account."""
+
+
 @dataclass
 class Converted:
-    """What was written: the account of the source's rows, and where they went."""
+    """What was written: the account of the source's rows, and where they went; ``made``: counts of a `Change`."""
 
     report: Report
     target: Path
     format: str
     gone_on_from: int = 0
+    made: dict[str, int] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         """Plain data for a file."""
-        return {"target": str(self.target), "format": self.format, **self.report.json()}
+        made = {"made": self.made} if self.made else {}
+        return {"target": str(self.target), "format": self.format, **self.report.json(), **made}
 
     def render(self, console: Console) -> None:
         """The account for a terminal."""
@@ -98,6 +116,8 @@ class Converted:
             console.print(f"went on from row {self.gone_on_from:,}", markup=False)
         console.print(f"{self.report.usable:,} pairs -> {self.target} ({self.format})", markup=False, soft_wrap=True)
         console.print(self.report.summary(), markup=False, soft_wrap=True)
+        if self.made:
+            console.print(", ".join(f"{n:,} {what}" for what, n in self.made.items()), markup=False, soft_wrap=True)
         for bad in self.report.bad[:BAD_SHOWN]:
             console.print(f"left out  {bad}", markup=False, soft_wrap=True)
         if len(self.report.bad) > BAD_SHOWN:
@@ -106,9 +126,15 @@ class Converted:
 
 
 def convert_pairs(
-    recipe: DataRecipe, target: Path, options: ConvertOptions, progress: Progress | None = None
+    recipe: DataRecipe,
+    target: Path,
+    options: ConvertOptions,
+    progress: Progress | None = None,
+    change: Change | None = None,
+    table: Table | None = None,
 ) -> Converted:
-    """Write the pairs of ``recipe.path`` to the folder ``target``.
+    """Write the pairs of ``recipe.path`` to the folder ``target``, changed on their way by ``change``. ``table``: the
+    table of that path with other values in some columns.
 
     Pictures are decoded once, to leave out what is no picture, and their bytes copied as they are. Ids are kept where
     the rows have their own; ties are kept as ties unless ``recipe.ties`` says otherwise. A conversion that was killed
@@ -117,12 +143,7 @@ def convert_pairs(
     Raises:
         UserError: as ``read_pairs``; the target exists, or cannot be written. RunError: the disk is full.
     """
-    options.check()
-    table = table_of(recipe)
-    columns = PairColumns.of(table)
-    if options.format == "pickapic" and "rejected_prompt" in columns.fields():
-        raise UserError("Pick-a-Pic's columns have no place for 'rejected_prompt'; convert to another format")
-    work = Work(table, columns, recipe, target, options)
+    work = open_work(recipe, target, options, change, table)
     try:
         return work.run(progress)
     except OSError as error:
@@ -136,6 +157,22 @@ def convert_pairs(
         work.close()
 
 
+def open_work(
+    recipe: DataRecipe,
+    target: Path,
+    options: ConvertOptions,
+    change: Change | None = None,
+    table: Table | None = None,
+) -> Work:
+    """A conversion that has not begun. Raises UserError as ``convert_pairs``."""
+    options.check()
+    table = table or table_of(recipe)
+    work = Work(table, PairColumns.of(table), recipe, target, options, change)
+    if options.format == "pickapic" and "rejected_prompt" in work.fields():
+        raise UserError("Pick-a-Pic's columns have no place for 'rejected_prompt'; convert to another format")
+    return work
+
+
 @dataclass
 class Work:
     """One conversion: the source, the hidden folder and what is durable in it."""
@@ -145,6 +182,7 @@ class Work:
     recipe: DataRecipe
     target: Path
     options: ConvertOptions
+    change: Change | None = None
     next: int = 0
     kept: int = 0
     saved: int = 0
@@ -161,10 +199,17 @@ class Work:
             "options": vars(self.options),
             "recipe": self.recipe.model_dump(mode="json", exclude={"cache", "cache_dir", "encode_batch"}),
         }
+        if self.change is not None:
+            facts["change"] = dict(self.change.settings)
         self.settings = json.loads(json.dumps(facts))
 
+    def fields(self) -> list[str]:
+        """The plain columns that are written besides id and prompt."""
+        more = [*(["rejected_prompt"] if self.recipe.perturb else []), *(self.change.fields if self.change else ())]
+        return list(dict.fromkeys([*self.columns.fields(), *more]))
+
     def run(self, progress: Progress | None) -> Converted:
-        done = self._done()
+        done = self.done()
         if done is not None:
             return done
         self.partial.mkdir(parents=True, exist_ok=True)
@@ -182,7 +227,8 @@ class Work:
             settle(self.report, self.kept, self.recipe, "pair")
         self.report.usable = self.kept
         writer.finish()
-        result = Converted(self.report, self.target, self.options.format, began)
+        made = self.change.counts() if self.change is not None else {}
+        result = Converted(self.report, self.target, self.options.format, began, made)
         note = {"settings": self.settings, **result.json()}
         if self.report.bad:
             _replace(self.partial / SKIPPED, _lines(self.report.bad))
@@ -196,7 +242,7 @@ class Work:
         if self.lock is not None:
             os.close(self.lock)
 
-    def _done(self) -> Converted | None:
+    def done(self) -> Converted | None:
         """An earlier conversion that is whole. Raises UserError when something else lies at the target."""
         if not self.target.exists() or (self.target.is_dir() and not any(self.target.iterdir())):
             return None
@@ -210,7 +256,7 @@ class Work:
             raise UserError(f"'{self.target}' exists already; delete it, or name another place") from error
         self._tidy()
         report = Report(note["source"], self.report.format, **counts, bad=bad)
-        return Converted(report, self.target, self.options.format)
+        return Converted(report, self.target, self.options.format, made=note.get("made", {}))
 
     def _tidy(self) -> None:
         for name in (NOTE, KEYS, FLAWS, LOCK):
@@ -248,7 +294,7 @@ class Work:
             self.filters.restore(journal)
             for name, size in ((KEYS, len(journal)), (FLAWS, note["skipped"])):
                 os.truncate(self.partial / name, size)
-        return WRITERS[self.options.format](self.partial, self.columns.fields(), state)
+        return WRITERS[self.options.format](self.partial, self.fields(), state)
 
     def _pieces(self, writer: Writer) -> Iterator[None]:
         """Write rows; a turn for each piece that is durable."""
@@ -303,7 +349,9 @@ class Work:
         return draft, looks, pictures, self._others(i)
 
     def _others(self, i: int) -> dict[str, Any]:
-        """The source's own columns that Pick-a-Pic has besides."""
+        """The source's own columns that a change wants to see, or that Pick-a-Pic has besides."""
+        if self.change is not None:
+            return {name: self.table.value(i, name) for name in self.change.keeps if name in self.table.columns}
         if self.options.format != "pickapic" or not self.columns.pick:
             return {}
         return {name: self.table.value(i, name) for name in self.table.columns if not self.table.holds_bytes(name)}
@@ -316,6 +364,8 @@ class Work:
             return row
         turned = row.chosen.digest != looks[0].digest
         chosen, rejected = pictures[::-1] if turned else pictures
+        if self.change is not None:
+            row, others = self.change.apply(row, {**others, "turned": turned})
         return Record(self.kept, draft.id or None, row, chosen, rejected, turned, others)
 
     def _commit(self, writer: Writer, upto: int, skipped: int) -> None:

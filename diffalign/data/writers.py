@@ -63,7 +63,8 @@ class Picture:
 @dataclass(frozen=True)
 class Record:
     """A pair to write: its number, its own id if it has one, the winner's and the loser's picture. ``turned``: the
-    source named the loser first. ``others``: plain values of the source's row, for Pick-a-Pic's columns."""
+    source named the loser first. ``others``: plain values that no row has, or of the source's row, for Pick-a-Pic's
+    columns."""
 
     number: int
     id: str | None
@@ -75,7 +76,8 @@ class Record:
 
     def plain(self, fields: Sequence[str]) -> dict[str, Any]:
         """What is no picture."""
-        return {"id": self.id, "prompt": self.row.prompt, **{name: getattr(self.row, name) for name in fields}}
+        named = {n: self.others[n] if n in self.others else getattr(self.row, n) for n in fields}
+        return {"id": self.id, "prompt": self.row.prompt, **named}
 
 
 class Writer(ABC):

@@ -8,6 +8,7 @@ call under the role that made it.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,13 @@ if TYPE_CHECKING:
 
 BASE = "base"
 Forward = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
+
+
+class _Reached(Exception):
+    """The layer that was asked for has answered."""
+
+    def __init__(self, output: Tensor) -> None:
+        self.output = output
 
 
 class Roles:
@@ -92,7 +100,9 @@ class Roles:
         with torch.random.fork_rng(devices=[]):
             for index, role in enumerate(self.trained):
                 torch.manual_seed((seed * 1000003 + index) & 0xFFFFFFFF)
-                self.unet.add_adapter(copy.deepcopy(self.lora), adapter_name=role)  # type: ignore[operator]
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several are meant
+                    self.unet.add_adapter(copy.deepcopy(self.lora), adapter_name=role)  # type: ignore[operator]
         self.layers = [m for m in self.unet.modules() if isinstance(m, BaseTunerLayer)]
         for role in self.trained:
             mark = f".{role}."
@@ -210,20 +220,19 @@ class Roles:
             return self.forward(self.networks[role], x_t, t, cond)
 
     def features(self, role: str, x_t: Tensor, t: Tensor, cond: Cond, layer: str) -> Tensor:
-        """Output of the sub-module ``layer`` during a role's forward, taken by a hook."""
-        found: list[Tensor] = []
-        handle = (
-            self.networks[role]
-            .get_submodule(layer)
-            .register_forward_hook(
-                lambda module, args, output: found.append(output[0] if isinstance(output, tuple) else output)
-            )
-        )
+        """Output of the sub-module ``layer`` during a role's forward; what comes after it is not computed."""
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+        handle = self.networks[role].get_submodule(layer).register_forward_hook(stop)
         try:
             self(role, x_t, t, cond)
+        except _Reached as reached:
+            return reached.output
         finally:
             handle.remove()
-        return found[0]
+        raise KeyError(f"the forward pass of '{role}' does not come through '{layer}'")
 
     @property
     def has_dropout(self) -> bool:

@@ -168,7 +168,7 @@ class ScoreDistill(Method[D], Generic[D]):
     # ---- the student ------------------------------------------------------------------------------------------------
 
     def condition(self, batch: Batch) -> Cond:
-        """The prompt, and for networks that take sizes those of a whole picture of the latents' size, as at sampling."""
+        """The prompt; networks that take sizes are told those of a whole picture of this size, as at sampling."""
         cond = batch.cond["prompt"]
         if not cond.added:
             return cond
@@ -269,7 +269,7 @@ class ScoreDistill(Method[D], Generic[D]):
     # ---- losses -----------------------------------------------------------------------------------------------------
 
     def direction(self, ctx: Context, batch: Batch, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
-        """Where x is pushed away from (B, C, h, w), and metrics (B,). Called without gradients; ``sample.x`` has none."""
+        """What x is pushed away from (B, C, h, w), and metrics (B,). Called without gradients."""
         x_t, t = self.noised(ctx, batch, sample.x, self.time_window(ctx, sample))
         y_fake = self.fake_x0(ctx, x_t, t, sample)
         y_real = self.real_x0(ctx, x_t, t, sample, self.config.guidance)

@@ -234,7 +234,8 @@ def test_shuffled_labels_keep_ids_and_pictures(tmp_path: Path) -> None:
     swapped = [a.chosen.digest != b.chosen.digest for a, b in zip(plain, mixed, strict=True)]
     assert 0 < sum(swapped) < COUNT
     for i, (row, turned) in enumerate(zip(mixed, swapped, strict=True)):
-        expected = (worse(i), -i, f"other {i}") if turned else (good(i), 1 + i, f"a thing, no {i}")
+        # the scores stay: a method that reads them would else see through the control
+        expected = (worse(i), 1 + i, f"other {i}") if turned else (good(i), 1 + i, f"a thing, no {i}")
         assert (row.chosen.read(), row.chosen_score, row.prompt) == expected
 
 

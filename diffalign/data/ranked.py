@@ -3,101 +3,127 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..keyed import generator
 from ..recipe import DataRecipe
+from .filters import Names
 from .images import ImageError
-from .rows import BadRow, Cell, ImageRef, Report, digest_of
-from .scan import Look, Scanner
+from .readers import Progress, Reading, column_of, own_ids, settle, table_of
+from .rows import BadRow, Cell, ImageRef, RankedRow, Report, digest_of, file_stamp
+from .scan import KEEP_FROM, SAVE_EVERY, Look, Scanner
 from .table import Table
-from .tables import open_table
 
 IMAGES = ("images", "image_path")
 PROMPTS = ("prompt", "caption")
+ORDERS = ("scores", "rank")
 
 
-@dataclass(frozen=True)
-class RankedRow:
-    """``pictures`` of one prompt and their ``scores``, higher is better, best first."""
+class Lists:
+    """A table whose cells hold lists of pictures; a column's name says which element: ``images[2]``."""
 
-    id: str
-    prompt: str
-    pictures: tuple[ImageRef, ...]
-    scores: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class _Element:
-    """One picture of a list in a cell."""
-
-    table: Table
-    number: int
+    def __init__(self, table: Table) -> None:
+        self.table = table
 
     def image(self, row: int, column: str) -> bytes | Path:
-        return self.table.picture(self.table.value(row, column)[self.number], column)
+        name, place = _element(column)
+        return self.table.picture(self.table.value(row, name)[place], name)
 
     def stamp(self, row: int, column: str) -> str:
+        found = self.image(row, column)
+        if isinstance(found, Path):
+            return file_stamp(found)
         signature = self.table.signature()
-        return f"{signature}|{row}|{column}|{self.number}" if signature else ""
+        return f"{signature}|{row}|{column}" if signature else ""
+
+    def ref(self, row: int, column: str) -> ImageRef:
+        """The picture of an element, unread."""
+        return ImageRef(Cell(self, row, column), f"{self.table.place(row)} {column}")
+
+    def holds_bytes(self, column: str) -> bool:
+        """Whether the pictures themselves are in the table."""
+        return self.table.holds_bytes(_element(column)[0])
+
+    def signature(self) -> str:
+        """A name for this very state of the table; "" when there is none."""
+        return self.table.signature()
+
+
+def _element(column: str) -> tuple[str, int]:
+    name, _, place = column.rstrip("]").rpartition("[")
+    return name, int(place)
+
+
+def is_ranked(table: Table) -> bool:
+    """Whether a table has lists of pictures."""
+    return any(name in table.columns for name in IMAGES)
 
 
 def read_ranked(recipe: DataRecipe) -> tuple[list[RankedRow], Report]:
+    """All lists of `open_ranked`, in memory."""
+    reading = open_ranked(recipe)
+    return list(reading.rows), reading.report
+
+
+def open_ranked(recipe: DataRecipe, progress: Progress | None = None, table: Table | None = None) -> Reading[RankedRow]:
     """Lists with the columns ``prompt``, ``images`` (or ``image_path``) and ``scores`` (higher is better) or ``rank``
-    (1 or 0 is best).
+    (1 or 0 is best), one after another; what is raised at the end comes after the last row.
 
     A row with an unreadable picture, with fewer than two pictures or with another number of scores is left out.
+    ``shuffle_labels`` deals a list's scores out anew, keyed by its id.
 
     Raises:
         UserError: as ``read_pairs``.
     """
-    table = open_table(recipe.path, recipe.format, recipe.split, recipe.streaming)
-    images, prompt = _first(table, IMAGES), _first(table, PROMPTS)
-    order = _first(table, ("scores", "rank"))
+    table = table or table_of(recipe)
+    names = column_of(table, PROMPTS), column_of(table, IMAGES), column_of(table, ORDERS)
+    ids = own_ids(table)
     report = Report(table.label, table.format, rows=len(table.bad), bad=list(table.bad))
-    rows: list[RankedRow] = []
-    with Scanner(recipe, table.label, 0) as scanner:
-        i = 0
-        while table.exists(i) and len(rows) != recipe.max_pairs:
-            report.rows += 1
-            try:
-                rows.append(_row(table, i, prompt, images, order, scanner))
-            except ImageError as error:
-                report.bad.append(BadRow(table.place(i), error.reason, str(error)))
-            i += 1
-    report.usable, report.available = len(rows), len(table.bad) + (table.total or i)
-    if recipe.strict and report.flaws:
-        raise UserError(
-            f"data.strict: {len(report.flaws)} rows of '{table.label}' are flawed; first: {report.flaws[0]}"
-        )
-    if not rows:
-        first = f"; first: {report.bad[0]}" if report.bad else ""
-        raise UserError(f"no usable list in '{table.label}': {report.summary()}{first}")
-    return rows, report
+
+    def rows() -> Iterator[RankedRow]:
+        known, i = Names(), 0
+        with Scanner(recipe, table.label, 2 * (table.total or KEEP_FROM)) as scanner:
+            while table.exists(i):
+                report.rows += 1
+                try:
+                    row = _row(table, i, names, scanner)
+                    if recipe.duplicates == "skip" and row.id in known:
+                        raise ImageError("", "duplicate")
+                except ImageError as error:
+                    report.bad.append(BadRow(table.place(i), error.reason, str(error)))
+                else:
+                    report.usable += 1
+                    name = known.take(row.id)
+                    row = RankedRow(str(table.value(i, ids)) if ids else name, row.prompt, row.pictures, row.scores)
+                    yield _dealt(row) if recipe.shuffle_labels else row
+                i += 1
+                scanner.save(SAVE_EVERY)
+                if progress is not None:
+                    progress(i, table.total or 0)
+                if report.usable == recipe.max_pairs:
+                    break
+        report.available = len(table.bad) + (table.total or i)
+        settle(report, report.usable, recipe, "list")
+
+    return Reading(table, report, rows())
 
 
-def _first(table: Table, names: Sequence[str]) -> str:
-    for name in names:
-        if name in table.columns:
-            return name
-    wanted = " or ".join(f"'{name}'" for name in names)
-    raise UserError(f"'{table.label}' has no column {wanted}; it has {', '.join(table.columns)}")
-
-
-def _row(table: Table, i: int, prompt: str, images: str, order: str, scanner: Scanner) -> RankedRow:
-    text, listed, marks = table.value(i, prompt), table.value(i, images), table.value(i, order)
+def _row(table: Table, i: int, names: tuple[str, str, str], scanner: Scanner) -> RankedRow:
+    """The list of a row, best first, under a name made of its content. Raises ImageError."""
+    _, images, order = names
+    text, listed, marks = (table.value(i, name) for name in names)
     if not isinstance(text, str) or not text.strip():
         raise ImageError("", "no prompt")
     if not isinstance(listed, list) or len(listed) < 2:
-        raise ImageError(f"'{images}' is no list of two or more pictures", "malformed row")
+        count = f"{len(listed)} in '{images}'" if isinstance(listed, list) else f"'{images}' is no list"
+        raise ImageError(f"{count}: a list has two pictures or more", "malformed row")
     scores = _scores(marks, order)
     if len(scores) != len(listed):
         raise ImageError(f"{len(listed)} pictures, {len(scores)} {order}", "malformed row")
-    place = table.place(i)
-    refs = [ImageRef(Cell(_Element(table, k), i, images), f"{place} {images}[{k}]") for k in range(len(listed))]
+    lists = Lists(table)
+    refs = [lists.ref(i, f"{images}[{k}]") for k in range(len(listed))]
     looks: list[Look] = scanner.look(refs)
     for look in looks:
         if look.error:
@@ -105,6 +131,12 @@ def _row(table: Table, i: int, prompt: str, images: str, order: str, scanner: Sc
     best = sorted(range(len(refs)), key=lambda k: -scores[k])
     name = digest_of(text.encode(errors="replace"), *(look.digest.encode() for look in looks))[:20]
     return RankedRow(name, text, tuple(looks[k].apply(refs[k]) for k in best), tuple(scores[k] for k in best))
+
+
+def _dealt(row: RankedRow) -> RankedRow:
+    """The pictures in an order keyed by the id, under the same falling scores."""
+    order = generator("shuffle_labels", row.id).permutation(len(row.pictures))
+    return RankedRow(row.id, row.prompt, tuple(row.pictures[k] for k in order), row.scores)
 
 
 def _scores(marks: Any, order: str) -> list[float]:

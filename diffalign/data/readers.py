@@ -76,8 +76,9 @@ def read_pairs(recipe: DataRecipe, progress: Progress | None = None) -> PairSet:
 
     Policies: ``ties`` skip; random (a coin keyed by the id); keep (as written, marked ``tie=True``). ``duplicates``
     skip leaves out pairs of two equal pictures (bytes or pixels) and pairs that were there before (same prompt and
-    pictures, whichever was preferred). ``shuffle_labels`` swaps winner and loser by a coin keyed by the id: the control
-    run. ``perturb`` gives losers without a caption of their own the prompt, made worse by fixed rules (`data.perturb`).
+    pictures, whichever was preferred). ``shuffle_labels`` swaps winner and loser by a coin keyed by the id, and the
+    scores stay where they were: nothing tells the two apart in this control run. ``perturb`` gives losers without a
+    caption of their own the prompt, made worse by fixed rules (`data.perturb`).
     ``max_pairs`` stops after that many usable rows. Rows whose data are flawed are left out, or, with ``strict``,
     refused.
 
@@ -98,7 +99,7 @@ def open_pairs(recipe: DataRecipe, progress: Progress | None = None, table: Tabl
 
     def rows() -> Iterator[PairRow]:
         filters, names = Filters(recipe), Names()
-        for draft, looks in _walk(table, columns.images, columns.draft, recipe, report, progress):
+        for draft, looks in walk(table, columns.images, columns.draft, recipe, report, progress):
             row = make_pair(draft, looks, recipe, filters, names)
             if isinstance(row, BadRow):
                 report.bad.append(row)
@@ -131,8 +132,8 @@ def open_images(recipe: DataRecipe, progress: Progress | None = None, table: Tab
     """The same, one after another; what :func:`read_images` raises at its end comes after the last row."""
     table = table or table_of(recipe)
     prompt = prompt_column(table)
-    image = _column(table, ("file_name", "image"))
-    ids = _own_ids(table)
+    image = column_of(table, ("file_name", "image"))
+    ids = own_ids(table)
     report = Report(table.label, table.format)
 
     def draft(i: int) -> Draft:
@@ -146,7 +147,7 @@ def open_images(recipe: DataRecipe, progress: Progress | None = None, table: Tab
 
     def rows() -> Iterator[ImageRow]:
         filters, names = Filters(recipe), Names()
-        for found, (look,) in _walk(table, (image,), draft, recipe, report, progress):
+        for found, (look,) in walk(table, (image,), draft, recipe, report, progress):
             content = digest_of(found.prompts[0].encode(), look.digest.encode())[:20]
             flaw = ("duplicate", "") if recipe.duplicates == "skip" and content in names else None
             flaw = flaw or filters.refuse_one(found.prompts[0], look)
@@ -175,7 +176,7 @@ def table_of(recipe: DataRecipe) -> Table:
     return open_table(recipe.path, recipe.format, recipe.split, recipe.streaming)
 
 
-def _walk(
+def walk(
     table: Table,
     images: tuple[str, ...],
     draft: Callable[[int], Draft],
@@ -242,9 +243,9 @@ def make_pair(
     content = digest_of(row.prompt.encode(), row.chosen.digest.encode(), row.rejected.digest.encode())[:20]
     row = replace(row, id=draft.id or names.take(content))
     if tie and recipe.ties == "random":
-        row = replace(_swapped(row) if _coin("tie", row.id) else row, tie=False)
-    if recipe.shuffle_labels and _coin("shuffle_labels", row.id):
-        row = _swapped(row)
+        row = replace(_swapped(row) if coin("tie", row.id) else row, tie=False)
+    if recipe.shuffle_labels and coin("shuffle_labels", row.id):
+        row = replace(_swapped(row), chosen_score=row.chosen_score, rejected_score=row.rejected_score)
     if recipe.perturb and row.rejected_prompt is None:
         row = replace(row, rejected_prompt=perturb(row.prompt, LEVELS[recipe.perturb]))
     return row
@@ -264,7 +265,8 @@ def _swapped(row: PairRow) -> PairRow:
     )
 
 
-def _coin(purpose: str, key: str) -> bool:
+def coin(purpose: str, key: str) -> bool:
+    """Heads or tails, by the key alone."""
     return bool(generator(purpose, key).random() < 0.5)
 
 
@@ -298,16 +300,19 @@ class PairColumns:
         """Raises UserError that names the missing column."""
         pick = "jpg_0" in table.columns or "jpg_1" in table.columns
         double = pick and {"caption_0", "caption_1"} <= set(table.columns)
-        prompt = "caption_0" if double else _column(table, ("prompt", "caption"))
+        prompt = "caption_0" if double else column_of(table, ("prompt", "caption"))
         if pick:
-            images = _column(table, ("jpg_0",)), _column(table, ("jpg_1",))
-            _column(table, ("label_0",))
+            images = column_of(table, ("jpg_0",)), column_of(table, ("jpg_1",))
+            column_of(table, ("label_0",))
             scores = ("score_0", "score_1") if "score_0" in table.columns else ("ps_score_0", "ps_score_1")
         else:
-            images = _column(table, ("chosen", "chosen_file_name")), _column(table, ("rejected", "rejected_file_name"))
+            images = (
+                column_of(table, ("chosen", "chosen_file_name")),
+                column_of(table, ("rejected", "rejected_file_name")),
+            )
             scores = ("chosen_score", "rejected_score")
         other = "caption_1" if double else "rejected_prompt"
-        return PairColumns(table, prompt, images, scores, pick, _own_ids(table), other)
+        return PairColumns(table, prompt, images, scores, pick, own_ids(table), other)
 
     def fields(self) -> list[str]:
         """The optional plain columns that rows of this table can have values in, under the names of a pair."""
@@ -354,8 +359,8 @@ class PairColumns:
         return 1.0 if label is None else label
 
 
-def _column(table: Table, names: tuple[str, ...]) -> str:
-    """The first of ``names`` that the table has."""
+def column_of(table: Table, names: tuple[str, ...]) -> str:
+    """The first of ``names`` that the table has. Raises UserError where there is none."""
     for name in names:
         if name in table.columns:
             return name
@@ -369,10 +374,10 @@ def _column(table: Table, names: tuple[str, ...]) -> str:
 
 def prompt_column(table: Table) -> str:
     """The column of the prompts of captioned pictures. Raises UserError where there is none."""
-    return _column(table, ("prompt", "caption", "text"))
+    return column_of(table, ("prompt", "caption", "text"))
 
 
-def _own_ids(table: Table) -> str | None:
+def own_ids(table: Table) -> str | None:
     """The column of the rows' own ids, where every row has one and no two are equal. A stream cannot tell ahead."""
     for name in IDS if table.total else ():
         if name in table.columns and _all_differ(table, name):

@@ -15,11 +15,15 @@ from typing import Any
 
 import pyarrow as pa
 
+from ..errors import UserError
 from ..recipe import DataRecipe
 from .files import file_sha256, make_folder, remove_leftovers, replacing, write_atomic
 from .images import ImageError
 from .prompts import is_prompt_list, open_prompts, read_prompt_list
+from .ranked import Lists, is_ranked, open_ranked
+from .rated import open_rated
 from .readers import open_images, open_pairs, row_folder, table_of
+from .rowkinds import RankedRows, RatedRows, lists, lists_stream, rated, rated_stream
 from .rows import FLAWS, BadRow, ImageRow, PairRow, Report, digest_of
 from .rowtable import ImageRows, PairRows, PromptRows, Rows, Stream
 from .scan import KEEP_FROM
@@ -34,48 +38,83 @@ APART |= {"encode_batch", "reference_errors", "streaming", "scorer"}
 
 
 def read_rows(recipe: DataRecipe, kind: str, progress: Progress | None = None) -> tuple[Rows | Stream, Report]:
-    """Rows of the kind a method needs: ``pair``, ``image`` (captioned pictures, or the chosen ones of pairs), or
-    ``prompt`` (a list of prompts, or the different prompts of any rows).
+    """Rows of the kind a method needs.
+
+    ``pair``; ``image``: captioned pictures, or the chosen ones of pairs; ``rated``: pictures with a label, or the two
+    of each pair; ``ranked``: lists with scores, or pairs as lists of two; ``prompt``: a list of prompts, or the
+    different prompts of any rows.
 
     Where a file of an earlier reading still holds, it is mapped. With ``data.streaming`` the rows are a stream, and the
     report is complete when it has passed.
 
     Raises:
-        UserError: as ``read_pairs``.
+        UserError: as ``read_pairs``; a stream of ranked lists.
     """
     if kind == "prompt" and is_prompt_list(recipe.path):
         return read_prompt_list(recipe)
     table = table_of(recipe)
-    stored = "pair" if kind == "image" and PAIR_COLUMNS & set(table.columns) else kind
-    packed, opened = {
-        "pair": (PairRows, open_pairs),
-        "image": (ImageRows, open_images),
-        "prompt": (PromptRows, open_prompts),
-    }[stored]
-    kept = RowFile(recipe, table, packed)
-    rows, report = kept.load() or (None, None)
-    if rows is None or report is None:
-        reading: Any = opened(recipe, progress, table)
-        rows, report = packed(table, row_folder(recipe)), reading.report
+    stored = "pair" if kind in PARTS and PAIR_COLUMNS & set(table.columns) else kind
+    if stored == "ranked" and recipe.streaming:
+        raise UserError("ranked lists are read as a whole, and data.streaming is on; set data.streaming=false")
+    found = None
+    for form in dict.fromkeys([stored, kind] if recipe.streaming else [stored]):
+        found = found or RowFile(recipe, _table_for(form, table), ROWS[form]).load()
+    if found is None:
+        opened = {"pair": open_pairs, "image": open_images, "rated": open_rated, "ranked": open_ranked}
+        reading: Any = opened.get(stored, open_prompts)(recipe, progress, table)
         if recipe.streaming:
-            passing = reading.rows
-            if stored != kind:
-                rows, passing = ImageRows(table, row_folder(recipe)), _winners(passing)
-                kept = RowFile(recipe, table, ImageRows)
-            return Stream(passing, rows, lambda done: kept.save(done, reading.report)), report
-        rows.extend(reading.rows)
-        kept.save(rows, report)
-    return (rows.winners() if isinstance(rows, PairRows) and kind == "image" else rows), report
+            rows = _empty(kind, recipe, table)
+            passing = PARTS[kind][1](reading.rows) if stored != kind else reading.rows
+            kept = RowFile(recipe, table, ROWS[kind])
+            return Stream(passing, rows, lambda done: kept.save(done, reading.report)), reading.report
+        whole = list(reading.rows) if stored == "ranked" else reading.rows
+        rows = _empty(stored, recipe, table, max(len(row.pictures) for row in whole) if stored == "ranked" else 2)
+        rows.extend(whole)
+        RowFile(recipe, _table_for(stored, table), ROWS[stored]).save(rows, reading.report)
+        found = rows, reading.report
+    rows, report = found
+    rows = PARTS[kind][0](rows) if isinstance(rows, PairRows) and kind in PARTS else rows
+    if isinstance(rows, RatedRows):
+        rows.of_pairs = stored != kind
+    return rows, report
 
 
 def _winners(rows: Iterator[PairRow]) -> Iterator[ImageRow]:
     return (ImageRow(row.id, row.prompt, row.chosen, row.chosen_score) for row in rows)
 
 
+ROWS: dict[str, type[Rows]] = {
+    "pair": PairRows,
+    "image": ImageRows,
+    "rated": RatedRows,
+    "ranked": RankedRows,
+    "prompt": PromptRows,
+}
+# Kinds that pairs can be read as: what packed pairs become, and pairs that pass by.
+PARTS: dict[str, tuple[Callable[[PairRows], Rows], Callable[[Iterator[PairRow]], Iterator[Any]]]] = {
+    "image": (PairRows.winners, _winners),
+    "rated": (rated, rated_stream),
+    "ranked": (lists, lists_stream),
+}
+
+
+def _table_for(kind: str, table: Table) -> Any:
+    """What hands out the pictures of rows of a kind."""
+    return Lists(table) if kind == "ranked" and is_ranked(table) else table
+
+
+def _empty(kind: str, recipe: DataRecipe, table: Table, longest: int = 2) -> Rows:
+    """Rows of a kind to be filled."""
+    folder = row_folder(recipe)
+    if kind == "ranked":
+        return RankedRows(_table_for(kind, table), folder, longest)
+    return ROWS[kind](table, folder)
+
+
 class RowFile:
     """Where the rows of a recipe's data lie, if they can be kept at all: the data must have a signature."""
 
-    def __init__(self, recipe: DataRecipe, table: Table, kind: type[Rows]) -> None:
+    def __init__(self, recipe: DataRecipe, table: Table | Lists, kind: type[Rows]) -> None:
         self.table, self.kind, self.always = table, kind, recipe.streaming
         signature, folder = table.signature(), row_folder(recipe)
         settings = {k: v for k, v in recipe.model_dump(mode="json").items() if k not in APART}

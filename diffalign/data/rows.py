@@ -161,6 +161,57 @@ class ImageRow:
 
 
 @dataclass(frozen=True)
+class RatedRow:
+    """A picture that was liked (``label`` 1) or not (-1)."""
+
+    id: str
+    prompt: str
+    image: ImageRef
+    label: float
+
+    @property
+    def images(self) -> dict[str, ImageRef]:
+        return {"image": self.image}
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        return {"prompt": self.prompt}
+
+    @property
+    def columns(self) -> dict[str, float | None]:
+        return {"label": self.label}
+
+
+@dataclass(frozen=True)
+class RankedRow:
+    """``pictures`` of one prompt and their ``scores``, higher is better, best first.
+
+    Among the rows of a set, a list that is shorter than the longest ends in its last picture again, without scores."""
+
+    id: str
+    prompt: str
+    pictures: tuple[ImageRef, ...]
+    scores: tuple[float | None, ...]
+
+    @property
+    def images(self) -> dict[str, ImageRef]:
+        return {f"image_{k}": ref for k, ref in enumerate(self.pictures)}
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        return {"prompt": self.prompt}
+
+    @property
+    def columns(self) -> dict[str, float | None]:
+        return {f"score_{k}": score for k, score in enumerate(self.scores)}
+
+    def padded(self, length: int) -> RankedRow:
+        """As a row of a set whose longest list has ``length`` pictures."""
+        lack = length - len(self.pictures)
+        return RankedRow(self.id, self.prompt, self.pictures + self.pictures[-1:] * lack, self.scores + (None,) * lack)
+
+
+@dataclass(frozen=True)
 class PromptRow:
     """A prompt alone, for methods that draw their own pictures."""
 

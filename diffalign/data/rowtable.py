@@ -79,10 +79,10 @@ class Packed(Sequence[R], Generic[R]):
         folder: where batches go that memory should not hold; the system's folder for temporary files by default.
     """
 
-    sides: ClassVar[tuple[str, ...]]
+    sides: tuple[str, ...]
     texts: ClassVar[tuple[str, ...]]
     labels: ClassVar[tuple[str, ...]] = ()  # words that batches hold as numbers
-    numbers: ClassVar[tuple[str, ...]]
+    numbers: tuple[str, ...]
 
     def __init__(self, table: Table | None = None, folder: Path | None = None) -> None:
         self.table, self.folder = table, folder
@@ -97,27 +97,26 @@ class Packed(Sequence[R], Generic[R]):
         self._places: dict[str, dict[str, int]] = {}
         self._counted = 0
 
-    @classmethod
-    def _make_schema(cls) -> pa.Schema:
+    def _make_schema(self) -> pa.Schema:
         fields: list[tuple[str, Any]] = [
             ("id", pa.string()),
-            *((name, pa.string()) for name in (*cls.texts, *cls.labels)),
+            *((name, pa.string()) for name in (*self.texts, *self.labels)),
             ("row", pa.int64()),
         ]
-        for side in cls.sides:
+        for side in self.sides:
             fields += [
                 (f"{side}_column", pa.string()),
                 (f"{side}_path", pa.string()),
                 (f"{side}_digest", pa.binary(16)),
             ]
             fields += [(f"{side}_width", pa.int32()), (f"{side}_height", pa.int32())]
-        return pa.schema([*fields, *((name, pa.float64()) for name in cls.numbers)])
+        return pa.schema([*fields, *((name, pa.float64()) for name in self.numbers)])
 
     @classmethod
     def mapped(cls, path: Path, table: Table, present: Sequence[str]) -> Self:
         """Rows that ``batches`` gave and a file holds. Raises ArrowInvalid or OSError when it is none."""
-        found = cls(table, path.parent)
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        found = cls.of_schema(reader.schema, table, path.parent)
         if reader.schema != found.schema:
             raise pa.ArrowInvalid("other columns")
         for number in range(reader.num_record_batches):
@@ -125,6 +124,11 @@ class Packed(Sequence[R], Generic[R]):
         found._mapped = len(found._batches)
         found.present = dict.fromkeys(present)
         return found
+
+    @classmethod
+    def of_schema(cls, schema: pa.Schema, table: Table, folder: Path | None) -> Self:
+        """Empty rows of the kind that a file has."""
+        return cls(table, folder)
 
     # -- filling ------------------------------------------------------------------------------------------------------
 
@@ -260,6 +264,11 @@ class Packed(Sequence[R], Generic[R]):
     def ids(self) -> Column:
         """The rows' ids."""
         return Column(self, "id")
+
+    @property
+    def groups(self) -> Sequence[str]:
+        """A name for each row; rows of one name are trained on, or held out, together."""
+        return self.ids
 
     @property
     def columns(self) -> list[str]:

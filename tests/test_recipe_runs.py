@@ -1,0 +1,88 @@
+"""Every recipe for SD1.5 and SDXL: planned without its weights, and two steps on the tiny model of its make."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import write_pairs
+
+from diffalign import load_recipe, train
+from diffalign.plan import make_plan
+from diffalign.recipe import builtin_recipes
+
+NAMES = [name for name in builtin_recipes() if name.startswith(("sd15/", "sdxl/"))]
+MODELS = {"sd15": "tiny-sd", "sdxl": "tiny-sdxl"}
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six pairs with whatever further columns a method may ask for."""
+    folder = write_pairs(tmp_path_factory.mktemp("recipes") / "pairs", 6)
+    table = folder / "metadata.jsonl"
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row |= {"chosen_score": 2.0 + number, "rejected_score": 1.0, "user": f"user {number % 2}"}
+        row["rejected_prompt"] = f"{row['prompt']}, but worse"
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def overrides(name: str, pairs: Path, out: Path) -> list[str]:
+    """A recipe's own settings but for its size: the tiny model, these pairs, two steps of two rows."""
+    values: dict[str, object] = {
+        "model.path": MODELS[name.split("/")[0]],
+        "model.vae": "null",
+        "data.path": pairs,
+        "data.resolution": 32,
+        "data.cache_dir": pairs.parent / "cache",
+        "train.steps": 2,
+        "train.batch": 2,
+        "train.micro_batch": "null",
+        "train.warmup": 0,
+        "train.log_every": 1,
+        "validate.pairs": 0,
+        "validate.images": 1,
+        "validate.steps": 1,
+        "output.dir": out,
+        "output.trackers": "[]",
+    }
+    recipe = load_recipe(name)
+    if recipe.data.scorer is not None:
+        values["data.scorer"] = "null"  # the rows have scores
+    if recipe.method.name == "softrepa":
+        values |= {"train.batch": recipe.method.model_dump()["group"]}
+    short = {"inversion_steps": 2, "critic_steps": 1}
+    values |= {f"method.{key}": few for key, few in short.items() if key in recipe.method.model_dump()}
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+def one_a_method() -> list[Any]:
+    """The recipes, slow but for one of each method, SDXL's where there is one."""
+    chosen = {load_recipe(name).method.name: name for name in NAMES}  # the last: sdxl comes after sd15
+    return [pytest.param(name, marks=[] if name in chosen.values() else pytest.mark.slow) for name in NAMES]
+
+
+@pytest.mark.parametrize("name", one_a_method())
+def test_a_recipe_trains_on_the_tiny_model_of_its_make(name: str, pairs: Path, tmp_path: Path) -> None:
+    run = train(load_recipe(name, overrides(name, pairs, tmp_path / "run")), progress=False)
+    assert run.step == 2
+    row = [row for row in run.log if row["kind"] == "train"][-1]
+    moved = [value for key, value in row.items() if key.startswith("grad_norm")]
+    assert moved and all(math.isfinite(value) and value > 0 for value in moved), row
+    numbers = [value for value in row.values() if isinstance(value, float)]
+    assert all(map(math.isfinite, numbers)) and "skipped" not in row, row
+    assert (run.model / "README.md").is_file() and any(run.model.rglob("*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_planned_without_its_weights(name: str, pairs: Path, tmp_path: Path) -> None:
+    where = [f"data.path={pairs}", f"data.cache_dir={tmp_path}", f"output.dir={tmp_path / 'run'}"]
+    plan = make_plan(load_recipe(name, where))
+    assert not plan.weights_known and plan.steps > 2 and plan.memory["peak"] > 0
+    assert plan.memory["whole"], plan.notes
+    assert plan.calls["student"] >= plan.batch and plan.calls_per_step == sum(plan.calls.values())

@@ -15,6 +15,7 @@ from .promptfiles import CATEGORY_COLUMNS, ID_COLUMNS, PROMPT_COLUMNS
 from .prompts import Prompt, is_source, read_prompts, read_table, set_name, text_id
 
 if TYPE_CHECKING:
+    from ..data.rows import ImageRef
     from ..data.table import Table
 
 IMAGE_COLUMNS = ("image", "file_name", "filename", "path", "jpg", "png")
@@ -26,7 +27,7 @@ MANIFEST = "manifest.jsonl"
 @dataclass(frozen=True)
 class Item:
     """One image of one prompt. ``k`` counts the images of a prompt; ``image`` is its name, relative to the source;
-    ``place`` is its file, or its (table, row, column)."""
+    ``place`` is its file, its (table, row, column), or a reference of the training data."""
 
     id: str
     prompt: str
@@ -34,7 +35,7 @@ class Item:
     k: int
     seed: int | None
     image: str
-    place: Path | tuple[Table, int, str]
+    place: Path | tuple[Table, int, str] | ImageRef
 
     def read(self) -> bytes:
         """The encoded bytes. Raises OSError."""
@@ -42,8 +43,10 @@ class Item:
             return self.place.read_bytes()
         from ..data.images import ImageError
 
-        table, row, column = self.place
         try:
+            if not isinstance(self.place, tuple):
+                return self.place.read()
+            table, row, column = self.place
             found = table.image(row, column)
         except ImageError as error:
             raise OSError(str(error)) from error

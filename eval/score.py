@@ -107,17 +107,53 @@ def score_images(
         UserError: bad input, an ``out`` that holds something else, or not one image that could be scored.
         Interrupted: by Ctrl-C; what was scored stays.
     """
-    target = Path(out)
+    _check_settings(scorers, Path(out), batch)
+    return score_items(
+        read_items(images, prompts),
+        Path(images),
+        scorers,
+        out,
+        batch=batch,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+        strict=strict,
+        workers=workers,
+        reuse=reuse,
+    )
+
+
+def _check_settings(scorers: str | Sequence[str] | Sequence[Scorer], target: Path, batch: int) -> None:
+    """Raises UserError for what no image is needed to see."""
     if target.suffix not in SUFFIXES:
-        raise UserError(f"scores go to a .jsonl or .parquet file, not '{out}'")
+        raise UserError(f"scores go to a .jsonl or .parquet file, not '{target}'")
     if batch < 1:
         raise UserError(f"batch {batch} is not a number of images; give 1 or more")
+    named = scorers if isinstance(scorers, str) else [s for s in scorers if isinstance(s, str)]
+    if isinstance(named, str) or len(named) == len(scorers):
+        parse_scorers(named)
+
+
+def score_items(
+    source: ItemSet,
+    images: Path,
+    scorers: str | Sequence[str] | Sequence[Scorer],
+    out: str | Path,
+    *,
+    batch: int = 32,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: bool = True,
+    strict: bool = False,
+    workers: int | None = None,
+    reuse: Sequence[str | Path] = (),
+) -> ScoreResult:
+    """`score_images` of a list of items; ``images`` is the folder or file that they come from."""
+    target = Path(out)
+    _check_settings(scorers, target, batch)
     known = [s for s in scorers if not isinstance(s, str)]
     named = scorers if isinstance(scorers, str) else [s for s in scorers if isinstance(s, str)]
-    if not known:
-        parse_scorers(named)
     ranks = join_ranks(device)
-    source = read_items(images, prompts)
     logs = [log_path(target, 0), *sorted(target.parent.glob(f"{target.stem}.rank*.partial.jsonl"))]
     before = [row for path in dict.fromkeys((target, *logs)) if path.is_file() for row in read_rows(path)]
     _check_same_images(before, source, target)
@@ -129,7 +165,7 @@ def score_images(
     for scorer in loaded:
         scorer.check_prompts(texts)
         scorer.plan_texts(texts)
-    meta = _meta(Path(images), source, loaded, read_meta(target), target)
+    meta = _meta(images, source, loaded, read_meta(target), target)
     log = _open_log(target, before, meta, ranks, logs)
     chunks = [source.items[start : start + batch] for start in range(0, len(source.items), batch)]
     mine = chunks[ranks.rank :: ranks.world]

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,13 +24,15 @@ from ..denoiser import Predict
 from ..errors import Interrupted, RunError, UserError
 from ..eval.progress import progress_bar
 from ..eval.prompts import Prompt, prompts_sha256
+from ..eval.ranks import join_ranks
 from ..facts import SamplingRecord, recorded
 from ..families.base import Model
 from ..families.device import pick_device, pick_dtype
 from ..families.schedulers import recorded_scheduler
 from ..keyed import generator, normal
 from .grid import grid
-from .loading import Opened, open_pipeline
+from .loading import Opened, long_prompts_of, open_pipeline
+from .long_prompts import segment_embeds
 from .spec import RECORDED, SampleSpec
 
 if TYPE_CHECKING:
@@ -87,7 +89,8 @@ def sample(
 
     The noise of an image depends on (seed, prompt id, draw) alone: it is the same for every model, batch size and list
     of prompts. Settings that are None are taken from the model's record. A run that was stopped goes on from the images
-    that are there, and ends with the same bytes. ``set_name``: what the list of prompts is called.
+    that are there, and ends with the same bytes; so does one whose batches several processes share under a launcher.
+    ``set_name``: what the list of prompts is called.
 
     Raises:
         UserError: a setting out of range, no prompts, an unusable model or LoRA, images of other settings in ``out``.
@@ -103,24 +106,28 @@ def sample(
     device = pick_device(spec.device)
     dtype = pick_dtype(spec.dtype, device)
     record = recorded(spec.model, spec.lora)
-    spec = spec.filled(record)
+    spec = replace(spec.filled(record), long_prompts=spec.long_prompts or long_prompts_of(spec.model, spec.lora))
     spec.check()
     if spec.scheduler != RECORDED:
         record = None
+    ranks = join_ranks(spec.device)
     opened = open_pipeline(
         spec.model, spec.lora, spec.lora_scale, str(spec.scheduler), device, dtype, spec.revision, spec.variant, record
     )
     size = _size(spec, opened.pipeline)
     about = {"set": set_name, "count": len(prompts), "sha256": prompts_sha256(prompts)}
-    _claim(out, {**_settings(spec, opened, size, dtype, record), "prompts": about})
+    if ranks.main:
+        _claim(out, {**_settings(spec, opened, size, dtype, record), "prompts": about})
+    ranks.barrier()
     draws = [(seed, draw) for seed in spec.seeds for draw in range(spec.per_prompt)]
     jobs = [Job(i, p, k, seed, draw) for i, p in enumerate(prompts) for k, (seed, draw) in enumerate(draws)]
-    missing = {job.file for job in jobs if not _finished(out, job)}
+    batches = list(_chunks(jobs, spec.batch))[ranks.rank :: ranks.world]
+    missing = {job.file for batch in batches for job in batch if not _finished(out, job)}
     try:
-        with progress_bar("sampling", len(missing), enabled=progress) as advance:
-            _run(spec, opened.pipeline, prompts, jobs, missing, size, out, advance, record)
+        with progress_bar("sampling", len(missing), enabled=progress and ranks.main) as advance:
+            _run(spec, opened.pipeline, prompts, batches, missing, size, out, advance, record)
     except KeyboardInterrupt as error:
-        done = _list(out, jobs)
+        done = _list(out, jobs) if ranks.main else 0
         raise Interrupted(
             f"stopped after {done} of {len(jobs)} images in '{out}'; the same command goes on from there"
         ) from error
@@ -130,7 +137,10 @@ def sample(
         ) from error
     except OSError as error:
         raise RunError(f"images cannot be written to '{out}': {error}; the same command goes on from there") from error
-    _list(out, jobs)
+    ranks.barrier()
+    if ranks.main:
+        _list(out, jobs)
+    ranks.barrier()
     return out / MANIFEST
 
 
@@ -138,7 +148,7 @@ def _run(
     spec: SampleSpec,
     pipeline: DiffusionPipeline,
     prompts: Sequence[Prompt],
-    jobs: Sequence[Job],
+    batches: Sequence[Sequence[Job]],
     missing: set[str],
     size: tuple[int, int],
     out: Path,
@@ -147,13 +157,14 @@ def _run(
 ) -> None:
     """Batches and text groups are cut from the whole list, so that a resumed run computes what the first would have."""
     assert spec.guidance is not None
-    text = TextCache(pipeline, [p.prompt for p in prompts], spec.negative_prompt, spec.guidance > 1)
+    texts = [p.prompt for p in prompts]
+    text = TextCache(pipeline, texts, spec.negative_prompt, spec.guidance > 1, spec.long_prompts)
     height, width = size
     factor = pipeline.vae_scale_factor
     plain = {"num_inference_steps": spec.steps, "guidance_scale": spec.guidance}
     options = record.call(spec.steps, spec.guidance) if record else plain
     shape = (pipeline.unet.config.in_channels, height // factor, width // factor)
-    for batch in _chunks(jobs, spec.batch):
+    for batch in batches:
         wanted = [job for job in batch if job.file in missing]
         if not wanted:
             continue
@@ -175,9 +186,15 @@ def _run(
 class TextCache:
     """Each prompt is encoded once, in fixed groups; two groups are kept, as the jobs go through the list in order."""
 
-    def __init__(self, pipeline: DiffusionPipeline, texts: Sequence[str], negative: str | None, guided: bool) -> None:
-        self.pipeline = pipeline
-        self.texts = texts
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        texts: Sequence[str],
+        negative: str | None,
+        guided: bool,
+        long_prompts: int | None = None,
+    ) -> None:
+        self.pipeline, self.texts, self.long_prompts = pipeline, texts, long_prompts
         self.groups: dict[int, dict[str, Tensor]] = {}
         # The pipeline's own guided call decides what the unconditional branch is (SDXL zeroes an empty prompt).
         both = self._encode([""], negative or None, True) if guided else {}
@@ -201,6 +218,8 @@ class TextCache:
 
     @torch.no_grad()
     def _encode(self, texts: Sequence[str], negative: str | None, guided: bool) -> dict[str, Tensor]:
+        if self.long_prompts:
+            return segment_embeds(self.pipeline, texts, negative, self.long_prompts, guided)
         encoded = self.pipeline.encode_prompt(
             prompt=list(texts),
             device=self.pipeline.device,

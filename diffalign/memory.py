@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -92,7 +92,8 @@ def shapes_of(model: Model, recipe: Recipe) -> Shapes:
     if config.get("addition_embed_type") == "text_time":
         pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     added = (("text_embeds", pooled), ("time_ids", 6)) if pooled else ()
-    return Shapes((config["in_channels"], height, width), 77, config["cross_attention_dim"], added)
+    tokens = recipe.model.long_prompts or 77
+    return Shapes((config["in_channels"], height, width), tokens, config["cross_attention_dim"], added)
 
 
 def estimate(
@@ -104,6 +105,7 @@ def estimate(
     autocast: torch.dtype | None,
     world: int = 1,
     cuda: bool = True,
+    longest: int = 2,
 ) -> Memory:
     """The memory of a recipe.
 
@@ -111,11 +113,12 @@ def estimate(
         model, roles: on the meta device.
         dtype: of the frozen base; autocast: what computes.
         cuda: the device is a GPU with a context, and norms compute in fp32 under autocast.
+        longest: pictures of the longest list, where rows are ranked lists.
     """
     parts = held_parts(model, roles, recipe, dtype, world)
     if method.needs.decode and recipe.data.cache:
         parts["VAE, fp32, for the method"] = sum(4 * p.numel() for p in model.vae.parameters())
-    shapes = shapes_of(model, recipe)
+    shapes = replace(shapes_of(model, recipe), longest=longest)
     share = -(-recipe.train.batch // world)
     micro = min(recipe.train.micro_batch or share, share)
     slots = plan_slots(method)

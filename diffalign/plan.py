@@ -171,7 +171,7 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
         disk = cache_plan(rows, real, recipe.data, cache_root(recipe.data))
         model = meta_model(real)
     else:
-        model = known_model(known, recipe.model.path)
+        model = known_model(known, recipe.model.path, recipe.model.long_prompts)
         disk = known_cache(rows, model, recipe)
         notes.append(f"the weights of '{recipe.model.path}' are not on this machine: counted from the known configs")
     if recipe.data.cache:
@@ -182,13 +182,14 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
     autocast = (
         torch.bfloat16 if card and recipe.train.precision == "auto" else autocast_dtype(recipe.train.precision, device)
     )
+    method.check(model.denoiser())
     networks = {"unet": model.unet, **dict(zip(encoder_names(model), model.encoders(), strict=True))}
     parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     check_groups(recipe, method, world)
     method.users = tuple(rows.users)
     with torch.device(META):
         roles = build_roles(model, method, recipe, dtype)
-    memory = estimate(model, method, roles, recipe, dtype, autocast, world, device.type == "cuda")
+    memory = estimate(model, method, roles, recipe, dtype, autocast, world, device.type == "cuda", len(rows.sides))
     if recipe.data.scorer:
         notes.append(f"scores by {recipe.data.scorer} come first: {len(rows):,} rows, their time is not counted")
     if method.needs.reward:
@@ -328,13 +329,13 @@ def meta_model(model: Model) -> MetaModel:
     return MetaModel(model.folder, unet, (vae, *texts))
 
 
-def known_model(known: Known, source: str) -> MetaModel:
-    """A family's base model from its known configs."""
+def known_model(known: Known, source: str, tokens: int | None = None) -> MetaModel:
+    """A family's base model from its known configs; ``tokens``: its places of text, where they are not its own."""
     schedule = SCHEDULE | {"prediction_type": known.prediction}
     folder = ModelFolder(source, Path(source), {}, known.unet, schedule)
     names = [name for name in known.networks if name != "unet"]
     added = {"text_embeds": torch.zeros(1, known.pooled)} if known.pooled else {}
-    text = Cond(torch.zeros(1, known.tokens, known.unet["cross_attention_dim"]), added)
+    text = Cond(torch.zeros(1, tokens or known.tokens, known.unet["cross_attention_dim"]), added)
     return MetaModel(folder, meta_network(known), tuple(meta_network(known, name) for name in names), text)
 
 

@@ -56,13 +56,15 @@ class LoraFile(Section):
 
 
 class ModelRecipe(Section):
-    """Which weights, and how they are held."""
+    """Which weights, and how they are held. ``long_prompts``: places of text that prompts are encoded to by segments
+    (LongAlign's 240), so that none is cut at the encoder's 77; null: as the model's own pipeline does."""
 
     path: str
     family: Literal["auto", "sd1", "sd2", "sdxl"] = "auto"
     config: str | None = None
     vae: str | None = None
     vae_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    long_prompts: Annotated[int, Field(ge=2)] | None = None
     revision: str | None = None
     variant: str | None = None
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

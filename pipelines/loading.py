@@ -55,6 +55,20 @@ def resolve(model: str, lora: str | None, revision: str | None, variant: str | N
     return ModelRecipe.model_validate(kept), lora or model
 
 
+def long_prompts_of(model: str, lora: str | None) -> int | None:
+    """Places of text that a run was trained with where its prompts were encoded by segments; ``model`` or ``lora`` is
+    its folder."""
+    from omegaconf import OmegaConf
+
+    for place in filter(None, (lora, model)):
+        file = Path(split_user(place)[0]).expanduser() / "recipe.yaml"
+        if file.is_file():
+            found = OmegaConf.to_container(read_yaml(str(file)).get("model", {}))
+            if isinstance(found, dict) and found.get("long_prompts"):
+                return int(found["long_prompts"])
+    return None
+
+
 def open_pipeline(
     model: str,
     lora: str | None,

@@ -30,6 +30,7 @@ class Sampling:
     width: int | None = None
     seed: int | tuple[int, ...] = 0
     per_prompt: int = 1
+    long_prompts: int | None = None
     batch: int = 8
     device: str = "auto"
     dtype: str = "auto"
@@ -51,6 +52,8 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
+        if self.long_prompts is not None and self.long_prompts < 2:
+            raise UserError(f"long prompts need at least 2 places of text, not {self.long_prompts}; LongAlign has 240")
         if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise UserError(f"guidance must be at least 0, not {self.guidance:g} (1 or less means none)")
         if not self.seeds or min(self.seeds) < 0:

@@ -47,6 +47,13 @@ SAMPLING: dict[str, tuple[Any, Any]] = {
     "width": (Annotated[int | None, typer.Option(help="Pixels; the model's own if not given.")], None),
     "seed": (Annotated[str, typer.Option(help="Keys the noise of every image; several as 0,1,2.")], "0"),
     "per_prompt": (Annotated[int, typer.Option(help="Images for each prompt and seed.", min=1)], 1),
+    "long_prompts": (
+        Annotated[
+            int | None,
+            typer.Option(help="Encode prompts by segments to so many tokens (240); a run's own if not given.", min=2),
+        ],
+        None,
+    ),
     "batch": (BatchSize, 8),
     "device": (Device, "auto"),
     "dtype": (Dtype, "auto"),

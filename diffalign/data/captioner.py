@@ -7,7 +7,6 @@ processor; without torchvision that is the one on PIL.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 
 from ..errors import UserError, one_line
+from ..sentences import sentences
 from .perturb import LEVELS, perturb
 
 # Ours: DCPO's own words to its captioner are not public.
@@ -196,8 +196,8 @@ def _new(made: torch.Tensor, inputs: Any) -> torch.Tensor:
 
 def _windows(text: str) -> list[str]:
     """A text in parts of three sentences."""
-    sentences = [part for part in re.split(r"(?<=[.!?])\s+", " ".join(text.split())) if part]
-    return [" ".join(sentences[i : i + WINDOW]) for i in range(0, len(sentences), WINDOW)]
+    found = sentences(text, ".!?")
+    return [" ".join(found[i : i + WINDOW]) for i in range(0, len(found), WINDOW)]
 
 
 def _plain(text: str) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # To be raised whenever the same inputs would give other numbers than before.
 CODE = "2"
+SEGMENTS = "1"  # the same for prompts that are encoded by segments
 TEXT = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
 
@@ -66,6 +67,8 @@ def made_by_of(model: Model, recipe: DataRecipe, resolution: int) -> dict[str, d
     }
     dtype = str(next(model.text_encoder.parameters()).dtype)
     prompts = {**text, "dtype": dtype, "family": model.family, "code": CODE}
+    if model.long_prompts:
+        prompts["segments"] = f"{model.long_prompts} places, version {SEGMENTS}"
     if model.zero_uncond:
         prompts["unconditional"] = "zeros"
     return {"pictures": pictures, "prompts": prompts}

@@ -62,6 +62,7 @@ def load_model(recipe: ModelRecipe, device: torch.device, dtype: torch.dtype, pl
     kind: type[Model] = import_module(f"{__name__}.{family}").FAMILY
     # LoRAs are added in fp32, so that a bf16 base is rounded once.
     model = kind.load(folder, torch.float32 if recipe.loras else dtype, device, dtype)
+    model.long_prompts = recipe.long_prompts
     set_attention(model.unet, recipe.attention, device)
     model.fuse_loras(recipe.loras)
     nn.Module.to(model.vae, dtype=vae_dtype(recipe.vae_dtype, folder, family))

@@ -21,6 +21,7 @@ from ..recipe import LoraFile
 from .folder import ModelFolder
 from .lora import fuse_loras
 from .schedulers import make_scheduler
+from .segments import count_tokens, encode_segments, towers_of
 from .targets import lora_targets
 from .text import overflow
 
@@ -42,6 +43,7 @@ class Model:
     """
 
     zero_uncond: bool = False
+    long_prompts: int | None = None  # places of text, where prompts are encoded by segments
 
     family: ClassVar[str]
     pipeline_class: ClassVar[type[DiffusionPipeline]]
@@ -81,8 +83,15 @@ class Model:
     # -- text ---------------------------------------------------------------------------------------------------------
 
     def encode_prompts(self, prompts: Sequence[str], batch: int = 64) -> Cond:
-        """Text conditioning (B, L, D) in fp32 on the device; longer prompts are cut (see `token_overflow`)."""
+        """Text conditioning (B, L, D) in fp32 on the device; longer prompts are cut (see `token_overflow`), or, with
+        ``long_prompts``, encoded by segments to that L (`families.segments`)."""
         raise TypeError(f"{type(self).__name__} has no text encoding")
+
+    def by_segments(self, prompts: Sequence[str], batch: int) -> Cond:
+        """``encode_prompts`` with ``long_prompts``."""
+        assert self.long_prompts is not None
+        found = encode_segments(towers_of(self), prompts, self.long_prompts, batch)
+        return found.to(self.device, torch.float32)
 
     def uncond(self, n: int = 1) -> Cond:
         """The unconditional branch of guidance for n samples: the empty prompt, as the base pipeline makes it."""
@@ -92,6 +101,9 @@ class Model:
 
     def token_overflow(self, prompts: Sequence[str]) -> list[int]:
         """Tokens that each prompt loses to the encoder's limit (77 with start and end for CLIP); 0 = it fits."""
+        if self.long_prompts:
+            towers = towers_of(self)
+            return [max(0, count_tokens(towers, text) - self.long_prompts) for text in prompts]
         return overflow(self.tokenizer, prompts)
 
     def sized(self, cond: Cond, height: int, width: int) -> Cond:

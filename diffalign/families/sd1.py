@@ -39,6 +39,8 @@ class SD1(Model):
     def encode_prompts(self, prompts: Sequence[str], batch: int = 64) -> Cond:
         """Last hidden state after the final layer norm (no clip skip), (B, 77, D) fp32 on the device."""
         self.ensure_encoders(self.text_encoder)
+        if self.long_prompts:
+            return self.by_segments(prompts, batch)
         parts = []
         for start in range(0, len(prompts), batch):
             tokens = tokenize(self.tokenizer, prompts[start : start + batch])

@@ -68,6 +68,8 @@ class SDXL(Model):
     def encode_prompts(self, prompts: Sequence[str], batch: int = 64) -> Cond:
         """Penultimate states (B, 77, D1 + D2) and ``text_embeds`` (B, P), fp32 on the device; no sizes yet."""
         self.ensure_encoders(self.text_encoder, self.text_encoder_2)
+        if self.long_prompts:
+            return self.by_segments(prompts, batch)
         pairs = ((self.tokenizer, self.text_encoder), (self.tokenizer_2, self.text_encoder_2))
         parts = []
         # an empty list goes through as one empty text, for the shapes
@@ -90,6 +92,8 @@ class SDXL(Model):
 
     def token_overflow(self, prompts: Sequence[str]) -> list[int]:
         """Tokens that each prompt loses, by the tokenizer that loses more."""
+        if self.long_prompts:
+            return super().token_overflow(prompts)
         both = zip(overflow(self.tokenizer, prompts), overflow(self.tokenizer_2, prompts), strict=True)
         return [max(pair) for pair in both]
 

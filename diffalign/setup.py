@@ -210,10 +210,13 @@ def count_long_prompts(rows: Rows, model: Model) -> tuple[int, int]:
 
 
 def fit_columns(method: Method[Any], name: str, cache: LatentCache, training: np.ndarray) -> None:
-    """Shows a method the columns that it needs, those of the training rows.
+    """Shows a method the columns that it needs, those of the training rows; of ranked lists all scores, with NaN where
+    a list is shorter.
 
     Raises UserError when a row has no value in one of them."""
     columns = {}
+    if method.needs.batch == "ranked":
+        columns = {name: torch.from_numpy(cache.values(name)[training]) for name in cache.rows.numbers}
     for column in method.needs.columns:
         values = cache.values(column)
         absent = int(np.isnan(values).sum())
@@ -306,8 +309,6 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     if recipe.train.batch < world:
         raise UserError(f"train.batch {recipe.train.batch} is less than the {world} processes; raise it")
     check_groups(recipe, method, world)
-    if method.needs.batch not in {"pair", "image", "prompt"}:
-        raise UserError(f"method '{recipe.method.name}' needs {method.needs.batch} rows, which no reader gives yet")
     if recipe.data.reference_errors:
         check_reference(recipe, method)
     with accelerator.main_process_first():  # the others read what the first one found out about the pictures
@@ -316,6 +317,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
         say(report.summary())
         check_texts(method, recipe.method.name, rows)
     model, dtype = load_base(recipe, device)
+    method.check(model.denoiser())
     cache = open_cache(
         rows,
         model,
@@ -340,7 +342,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
         model.release_encoders()
     if recipe.train.parallel == "ddp":
         model.place_unet()
-    training, held = split_heldout(cache.ids, recipe.validate_.pairs, recipe.train.seed)
+    training, held = split_heldout(cache.rows.groups, recipe.validate_.pairs, recipe.train.seed)
     if recipe.data.scorer:
         training, held = apply_scorer(cache, recipe, (training, held), device, say, progress)
     fit_columns(method, recipe.method.name, cache, training)

@@ -31,18 +31,20 @@ from .methods.base import Method, Phase
 from .roles import Roles
 
 META = torch.device("meta")
-LATENTS = {"pair": ("chosen", "rejected"), "image": ("image",), "prompt": ()}
+LATENTS = {"pair": ("chosen", "rejected"), "image": ("image",), "rated": ("image",), "prompt": ()}
 fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What one sample is: latents (channels, height, width), text (tokens, width), further conditioning by name."""
+    """What one sample is: latents (channels, height, width), text (tokens, width), further conditioning by name, and of
+    ranked lists the pictures of the longest one."""
 
     latents: tuple[int, int, int]
     tokens: int
     width: int
     added: tuple[tuple[str, int], ...] = ()
+    longest: int = 2
 
     def cond(self, rows: int) -> Cond:
         """Conditioning of ``rows`` samples on the meta device."""
@@ -296,6 +298,8 @@ def simulate_phase(
             try:
                 whole = True
                 with live:
+                    with torch.no_grad():
+                        ctx.stats = method.statistics(ctx, batch)
                     loss = method.loss(ctx, batch, phase)
                     total = (loss.values * loss.weights).sum()
             except (RuntimeError, NotImplementedError):  # a loss that looks at numbers
@@ -320,15 +324,23 @@ def _reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.mean((1, 2, 3))
 
 
+def picture_names(method: Method[Any], shapes: Shapes) -> tuple[str, ...]:
+    """Names of a row's latents."""
+    if method.needs.batch == "ranked":
+        return tuple(f"image_{k}" for k in range(shapes.longest))
+    return LATENTS[method.needs.batch]
+
+
 def _batch(method: Method[Any], phase: Phase, shapes: Shapes, rows: int) -> Batch:
     """A micro-batch of nothing."""
-    names = LATENTS[method.needs.batch]
+    names = picture_names(method, shapes)
+    scores = [f"score_{k}" for k in range(len(names))] if method.needs.batch == "ranked" else []
     return Batch(
         tuple(str(i) for i in range(rows)),
         (0,) * rows,
         {name: torch.empty(rows, *shapes.latents) for name in names},
         {"prompt": shapes.cond(rows)},
-        {name: torch.empty(rows) for name in method.needs.columns},
+        {name: torch.empty(rows) for name in (*method.needs.columns, *scores)},
         torch.empty(rows),
         {
             draw_key(tag, phase.name, 0): (torch.zeros(rows, dtype=torch.int64), torch.empty(rows, *shapes.latents))
@@ -341,7 +353,7 @@ def _batch(method: Method[Any], phase: Phase, shapes: Shapes, rows: int) -> Batc
 
 def _calls(method: Method[Any], ctx: Context, phase: Phase, shapes: Shapes, rows: int) -> Tensor:
     """A trained call of all samples and, where there is a reference, a call of it."""
-    rows *= 2 if method.needs.batch == "pair" else 1
+    rows *= max(1, len(picture_names(method, shapes)))
     x, t, cond = torch.empty(rows, *shapes.latents), torch.zeros(rows, dtype=torch.int64), shapes.cond(rows)
     role = next((name for name in phase.trains if name in ctx.roles.networks), next(iter(ctx.roles.networks)))
     error = ctx.model(role, x, t, cond).square().mean()

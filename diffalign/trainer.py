@@ -162,6 +162,7 @@ class Trainer:
         ctx, phase = self.ctx, slot.phase
         ctx.phase, ctx.repeat = phase.name, slot.repeat
         self.roles.train_only(phase.trains)
+        parts = self.placed(parts)
         ctx.stats = self.statistics(parts)
         scaler = self.scalers[phase.name]
         weight = torch.zeros((), device=ctx.device)
@@ -194,14 +195,20 @@ class Trainer:
         if scaler.is_enabled():
             scaler.update()
 
+    def placed(self, parts: list[Batch]) -> list[Batch]:
+        """The micro-batches on the device, all at once, where ``Method.statistics`` sees them before ``loss``."""
+        if type(self.method).statistics is Method.statistics:
+            return parts
+        return [part.to(self.ctx.device) for part in parts]
+
     def statistics(self, parts: Sequence[Batch]) -> dict[str, Tensor]:
-        """Sums of ``Method.statistics`` over micro-batches and processes."""
+        """Sums of ``Method.statistics`` over micro-batches (`placed`) and processes."""
         if type(self.method).statistics is Method.statistics:
             return {}
         sums: dict[str, Tensor] = {}
         with torch.no_grad():
             for batch in parts:
-                found = self.method.statistics(self.ctx, batch.to(self.ctx.device))
+                found = self.method.statistics(self.ctx, batch)
                 for name, value in found.items():
                     sums[name] = sums[name] + value if name in sums else value
         return {name: self.reduce(value) for name, value in sums.items()}

@@ -47,6 +47,7 @@ def heldout_metrics(trainer: Trainer, heldout: Source, recipe: ValidateRecipe) -
             for part in parts if padding else ():
                 part.weight.zero_()
             parts += trainer.padding(heldout, cuts, ((share, [draw] * len(share)) for share in shares))
+            parts = trainer.placed(parts)
             ctx.stats = trainer.statistics(parts)
             for batch in (part.to(ctx.device) for part in parts):
                 loss = trainer.method.loss(ctx, batch, phase)

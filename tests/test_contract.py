@@ -12,6 +12,7 @@ from world import Rows, batch_of, every_method, gap, make_context, make_roles, m
 from diffalign.context import draw_noise
 from diffalign.methods.base import Method
 from diffalign.methods.pair import PairMethod
+from diffalign.trainer import Trainer
 
 METHODS = every_method()
 NAMES = [type(m).__name__ for m in METHODS]
@@ -44,6 +45,7 @@ def test_gradients_reach_exactly_the_roles_of_the_phase(method: Method[Any], che
                 p.grad = None
 
 
+@pytest.mark.parametrize("method", [m for m in METHODS if m.couples != "batch"], ids=lambda m: type(m).__name__)
 def test_batch_equals_a_loop_of_singles(method: Method[Any]) -> None:
     trainer = warm(make_trainer(method))
     for slot in trainer.slots:
@@ -58,6 +60,37 @@ def test_batch_equals_a_loop_of_singles(method: Method[Any]) -> None:
         for name, value in together.metrics.items():
             if value.ndim:
                 torch.testing.assert_close(value, torch.cat([one.metrics[name] for one in alone]), rtol=1e-3, atol=1e-4)
+
+
+def coupled_values(trainer: Trainer, parts: list[list[int]]) -> dict[int, float]:
+    """Each row's value in a step whose micro-batches these are."""
+    phase = trainer.method.phases[0]
+    with torch.no_grad():
+        batches = trainer.placed([batch_of(trainer, rows) for rows in parts])
+        trainer.ctx.stats = trainer.statistics(batches)
+        losses = [trainer.method.loss(trainer.ctx, batch, phase) for batch in batches]
+    assert all(
+        loss.values.shape == loss.weights.shape == (len(rows),) for loss, rows in zip(losses, parts, strict=True)
+    )
+    return {
+        row: float(v)
+        for loss, rows in zip(losses, parts, strict=True)
+        for row, v in zip(rows, loss.values, strict=True)
+    }
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.couples == "batch"], ids=lambda m: type(m).__name__)
+def test_a_coupled_loss_knows_neither_order_nor_shards(method: Method[Any]) -> None:
+    """The values of a batch in one piece, turned about, and in micro-batches; and the rows do enter one another's."""
+    trainer = warm(make_trainer(method))
+    whole = coupled_values(trainer, [[0, 1, 2, 3]])
+    for parts in ([[2, 0, 3, 1]], [[0, 1], [2, 3]], [[3], [0, 2, 1]], [[0], [1], [2], [3]]):
+        assert coupled_values(trainer, parts) == pytest.approx(whole, rel=1e-4, abs=1e-6), parts
+    halves = [trainer.statistics(trainer.placed([batch_of(trainer, rows)])) for rows in ([0, 1], [2, 3])]
+    for name, value in trainer.ctx.stats.items():  # sums: what two processes add up
+        torch.testing.assert_close(halves[0][name] + halves[1][name], value, rtol=1e-4, atol=1e-6)
+    alone = {row: value for i in range(4) for row, value in coupled_values(trainer, [[i]]).items()}
+    assert max(abs(alone[row] - whole[row]) for row in whole) > 1e-4
 
 
 # Adam divides by the gradient's own size: with eps far above rounding a gradient near 0 does not become a whole step

@@ -116,6 +116,9 @@ SHEET: dict[str, dict[str, Any]] = {
     "sdxl/inversion_dpo": {**SHARED, **LAUNCHER, **XL, "method.name": "inversion_dpo", "method.beta": 2000}
     | {"method.inversion_steps": 80, "method.guidance": 2.0, "train.lr": 1e-8 * 8, "train.batch": 8}
     | {"train.warmup": 1000, "data.caption_dropout": 0.0},
+    "sd15/kto": {**SHARED, "method.name": "kto", "method.beta": 1000, "method.positive_ratio": 0.8}
+    | {"model.storage": "copies", "train.lr": 1e-7, "train.batch": 4 * 2, "train.warmup": 200, "train.steps": 20000}
+    | {"data.resolution": 512, "data.caption_dropout": 0.2},
     "sd15/dspo": {**SHARED, **LAUNCHER, "method.name": "dspo", "method.beta": 0.001, "train.steps": 1000},
     "sdxl/orpo": {**SHARED, **LORA, "method.name": "orpo", "method.beta": 0.1, "model.lora.rank": 4}
     | {"train.lr": 5e-4, "train.batch": 4, "data.resolution": 1024},
@@ -131,6 +134,14 @@ SHEET: dict[str, dict[str, Any]] = {
         | {"train.lr": 2e-4, "train.batch": 4, "train.steps": 2000, "data.resolution": side}
         for family, side in (("sd15", 512), ("sdxl", 1024))
     },
+    # distillation sheet 5.5 and 5.7 (36.7k steps of 512; half-life of 50,000 pictures), 5.6, 24.4 and 29.3
+    "sd15/sid": {"model.storage": "copies", "data.resolution": 512, "train.steps": 36700, "train.batch": 512}
+    | {"train.lr": 1e-6, "train.betas": [0.0, 0.999], "train.eps": 1e-8, "train.weight_decay": 0.0}
+    | {"train.ema": 0.9929, "train.warmup": 0, "method.timesteps": [625], "method.start": "sigma"}
+    | {"method.guidance": 1.5, "method.alpha": 1.0, "method.name": "sid"},
+    "sdxl/sid": {"model.storage": "adapters", "model.lora.rank": 64, "model.lora.alpha": 8, "train.batch": 256}
+    | {"train.betas": [0.0, 0.999], "train.lr": 5e-5, "train.role_lr.fake": 1e-4, "method.guidance": 4.5}
+    | {"method.timesteps": [999, 749, 499, 249], "method.start": "unit", "data.resolution": 1024},
     # DCPO's run on this model, but at its own size and on its own prediction (sheet 8.3 and 8.7)
     "sd21/dpo": {**SHARED, **LAUNCHER, "method.name": "dpo", "method.beta": 500, "method.error_space": "epsilon"}
     | {"train.batch": 128 * 8, "train.lr": 1e-8 * 128 * 8, "data.caption_dropout": 0.0, "data.resolution": 768},
@@ -152,6 +163,9 @@ def test_recipes_hold_the_papers_settings(name: str) -> None:
 
 
 def test_methods_default_to_the_papers_settings() -> None:
+    sid = make_method("sid", {})
+    assert (sid.config.alpha, sid.config.strategy, sid.config.text_dropout) == (1.0, "lsg", 0.1)
+    assert [phase.name for phase in sid.phases] == ["critic", "student"] and sid.repeats(sid.phases[0]) == 1
     assert make_method("dpo", {}).config.model_dump()["beta"] == 5000
     mapo = make_method("mapo", {}).config.model_dump()
     assert mapo["beta"] == 0.1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -43,9 +44,20 @@ class Rows:
         scores = keyed.normal((2, n), seed, "scores")
         self.columns = {"chosen_score": scores.amax(0) + 1, "rejected_score": scores.amin(0) - 1}
         self.columns["user"] = torch.arange(n) % len(USERS) * 1.0
+        if kind == "rated":
+            self.columns["label"] = (torch.arange(n) % 3 > 0) * 2.0 - 1
+        if kind == "ranked":  # lists of four, every third one of three, whose last picture is there again
+            self.third = keyed.normal((n, 4, 8, 8), seed, "third")
+            short = torch.arange(n) % 3 == 2
+            self.fourth = torch.where(short[:, None, None, None], self.third, keyed.normal((n, 4, 8, 8), seed, "4th"))
+            falling = keyed.normal((n, 4), seed, "ranks").sigmoid().sort(1, descending=True).values
+            falling[short, 3] = math.nan
+            self.columns |= {f"score_{k}": falling[:, k] for k in range(4)}
 
     def latents(self) -> dict[str, Tensor]:
         """Those that batches of this kind have."""
+        if self.kind == "ranked":
+            return {f"image_{k}": x for k, x in enumerate((self.chosen, self.rejected, self.third, self.fourth))}
         if self.kind == "prompt":
             return {}
         return {"chosen": self.chosen, "rejected": self.rejected} if self.kind == "pair" else {"image": self.chosen}
@@ -200,7 +212,14 @@ def every_method() -> list[Method[Any]]:
         "smpo": {"beta": 20.0, "inversion_steps": 3, "score_range": [-4.0, 4.0]},
         "inversion_dpo": {"beta": 100.0, "inversion_steps": 3},
         "softrepa": {"group": 2, "times": 100, "temperature": 1.0},  # errors near 1: at 0.07 the contrast vanishes
+        "kto": {"beta": 100.0},
+        "rankdpo": {"beta": 100.0},
         "ppd": {"beta": 100.0, "user_dropout": 0.25},
-        "dmd2": {"timesteps": [999, 499], "critic_steps": 2, "gan_weight": 0.1, "gan_width": 8, "step_fake": True},
+        "dmd": {"regression_weight": 0.0},  # its rows are of `pairs teacher`
+        "sid": {"timesteps": [999, 499], "start": "unit", "gan_weight": 0.1, "step_fake": True},
+        "dmd2": {"timesteps": [999, 499], "critic_steps": 1, "gan_weight": 0.1, "gan_width": 8, "step_fake": True},
+        "decoupled_dmd": {"timesteps": [999, 499], "critic_steps": 1, "rollout": "ddim"},
+        "f_distill": {"timesteps": [999], "critic_steps": 1, "gan_width": 8},
+        "diff_instruct": {"reward": "tiny-pickscore", "reward_weight": 0.1},
     }
     return [make_method(name, moderate.get(name, {})) for name in method_modules()] + [TwoRole(TwoRoleConfig())]

@@ -15,6 +15,7 @@ from ..recipe import Section
 if TYPE_CHECKING:
     from ..context import Context
     from ..data.batch import Batch
+    from ..denoiser import Denoiser
     from ..facts import SamplingRecord
     from ..families.base import Model
 
@@ -119,6 +120,9 @@ class Method(Generic[C]):
         """Scorers that ``ctx.reward`` serves, such as ``"pickscore,hpsv21=FILE"``: the setting ``reward``."""
         return str(getattr(self.config, "reward", "")) if self.needs.reward else ""
 
+    def check(self, denoiser: Denoiser) -> None:
+        """Before anything is encoded: raises UserError where the settings do not go with the model's schedule."""
+
     def notes(self) -> list[str]:
         """What a run should say at its start about these settings, a line each."""
         return []
@@ -132,7 +136,7 @@ class Method(Generic[C]):
 
     def statistics(self, ctx: Context, batch: Batch) -> Stats:
         """Sums over the batch that the trainer reduces over micro-batches and processes before ``loss`` is called
-        (then ``ctx.stats``). Runs without gradients."""
+        (then ``ctx.stats``). Runs without gradients; what it adds to ``batch.columns`` is there for ``loss``."""
         return {}
 
     def loss(self, ctx: Context, batch: Batch, phase: Phase) -> Loss:

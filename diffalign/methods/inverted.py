@@ -8,7 +8,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..denoiser import stop_exactly
+from ..denoiser import Denoiser, stop_exactly
+from ..errors import UserError
 from .base import Needs
 from .pair import Noised, PairConfig, PairMethod
 
@@ -36,6 +37,18 @@ class InvertedConfig(PairConfig):
 I = TypeVar("I", bound=InvertedConfig)  # noqa: E741 - beside P and C
 
 
+def check_inversion(denoiser: Denoiser, steps: int) -> None:
+    """Raises UserError when the grid of ``steps`` points, whose stride is a whole number, leaves out more than a tenth
+    of the schedule."""
+    times = denoiser.num_timesteps
+    covered = times // steps * steps
+    if covered < 0.9 * times:
+        raise UserError(
+            f"method.inversion_steps={steps} does not fit the model's schedule of {times} times, of which it covers "
+            f"{covered}; take {times // max(1, times // min(steps, times))}"
+        )
+
+
 class InvertedPair(PairMethod[I], Generic[I]):
     """A pair shares t; winner and loser are inverted to it, each along its own path, in one batched pass of 2B.
 
@@ -47,6 +60,10 @@ class InvertedPair(PairMethod[I], Generic[I]):
     needs = Needs(batch="pair", draws=())
     renoise = 0
     average: tuple[int, ...] = ()
+
+    def check(self, denoiser: Denoiser) -> None:
+        """That the grid covers the schedule."""
+        check_inversion(denoiser, self.config.inversion_steps)
 
     def grid(self, ctx: Context, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Levels (K,) or (n, K), which steps each of the times t (n,) takes (n, K), and the times told to the network

@@ -24,6 +24,8 @@ from diffalign.methods.preference.dpo import dpo_loss
 from diffalign.methods.preference.dspo import DSPOErrors, dspo_loss
 from diffalign.methods.preference.orpo import log_odds, orpo_loss
 from diffalign.methods.preference.smpo import PICKSCORE_RANGE, preference_probability, smpo_loss
+from diffalign.plan import make_plan
+from diffalign.setup import make_method_of
 from diffalign.trainer import Trainer
 
 
@@ -407,3 +409,20 @@ def test_smpo_trains_on_scores_and_refuses_rows_without(tiny_model_folder: Path,
         else:
             with pytest.raises(UserError, match="needs chosen_score and rejected_score in every row; 1 of"):
                 train(recipe, progress=False)
+
+
+@pytest.mark.parametrize("name", ["inpo", "smpo", "inversion_dpo"])
+def test_inversion_steps_must_fit_the_schedule(name: str, tmp_path: Path) -> None:
+    """Refused before anything is encoded or written, by a plan too."""
+    data, out, cache = write_pairs(tmp_path / "pairs", 2), tmp_path / "run", tmp_path / "cache"
+    given = [f"method.name={name}", f"data.path={data}", f"data.cache_dir={cache}", f"output.dir={out}"]
+    for steps, hint in ((600, "of which it covers 600; take 1000"), (400, "of which it covers 800; take 500")):
+        recipe = load_recipe("tiny/dpo", [*given, f"method.inversion_steps={steps}"])
+        for use in (make_plan, train):
+            with pytest.raises(UserError, match=hint):
+                use(recipe)
+    with pytest.raises(UserError, match="inversion_steps"):
+        make_method_of(load_recipe("tiny/dpo", [*given, "method.inversion_steps=1001"]))
+    assert not out.exists() and not cache.exists()
+    for steps in (5, 10, 40, 80):  # the authors'
+        make_method(name, {"inversion_steps": steps}).check(make_context(make_roles()).denoiser)

@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..base import Needs, Paper
+from ..inverted import check_inversion
 from ..pair import PairConfig, PairErrors, PairMethod
 from .dpo import dpo_loss
 
 if TYPE_CHECKING:
     from ...context import Context
     from ...data.batch import Batch
+    from ...denoiser import Denoiser
 
 
 class InversionDPOConfig(PairConfig):
@@ -58,6 +60,10 @@ class InversionDPO(PairMethod[InversionDPOConfig]):
     )
     needs = Needs(batch="pair", draws=())
     repeated = "inversion_steps"
+
+    def check(self, denoiser: Denoiser) -> None:
+        """That the path covers the schedule."""
+        check_inversion(denoiser, self.config.inversion_steps)
 
     def measure(self, ctx: Context, batch: Batch) -> PairErrors:
         """Sums along the path: each error is mean_i k_i times the mean squared distance, in noise."""

@@ -11,12 +11,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 from small import settings, write_pairs
+from tiny import SD_SCHEDULE
 from torch import Tensor
 from world import batch_of, make_context, make_roles, make_trainer, warm
 
 from diffalign import load_recipe, train
 from diffalign.data.batch import Batch
-from diffalign.denoiser import reached
+from diffalign.denoiser import Denoiser, reached
 from diffalign.errors import UserError
 from diffalign.methods import make_method
 from diffalign.methods.pair import PairErrors, PairMethod
@@ -426,3 +427,26 @@ def test_inversion_steps_must_fit_the_schedule(name: str, tmp_path: Path) -> Non
     assert not out.exists() and not cache.exists()
     for steps in (5, 10, 40, 80):  # the authors'
         make_method(name, {"inversion_steps": steps}).check(make_context(make_roles()).denoiser)
+
+
+@pytest.mark.parametrize("name", ["inpo", "smpo", "inversion_dpo", "dspo", "mapo", "orpo"])
+def test_a_v_network_is_trained_as_the_eps_network_that_it_is(name: str) -> None:
+    """One network in both forms: with errors in noise the numbers are the same, inversions included."""
+    own = {"inversion_dpo": {"inversion_steps": 3}, "smpo": {"score_range": [-4.0, 4.0]}}.get(name, {})
+    method = make_method(name, {"beta": 20.0, "error_space": "epsilon", **own})
+    found = []
+    for kind in ("epsilon", "v_prediction"):
+        trainer = make_trainer(method)
+        denoiser = trainer.ctx.denoiser = Denoiser.from_config({**SD_SCHEDULE, "prediction_type": kind})
+
+        def model(
+            role: str, x: Tensor, t: Tensor, cond: Any, guidance: float = 1.0, denoiser: Denoiser = denoiser
+        ) -> Any:
+            eps = (0.3 if role == "base" else 0.25) * x + 0.1 * torch.roll(x, 1, 0) * (t / 1000).reshape(-1, 1, 1, 1)
+            return denoiser.from_eps(eps, x, t)
+
+        trainer.ctx.model = model  # type: ignore[method-assign]
+        found.append(metrics(trainer))
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, rtol=2e-3, atol=1e-4, msg=key)
+    assert float(found[0]["logit"].abs().max()) > 1e-3

@@ -89,6 +89,7 @@ def train(job: Job, folder: Path) -> dict[str, Any]:
         "units": spent.units,
         "per_step": spent.per_step(),
         "seconds": round(spent.seconds, 2),
+        "cpu": round(spent.cpu, 2),
         "peak_mb": round((spent.peak - libraries) / 1e6, 1),
         "libraries_mb": round(libraries / 1e6, 1),
     }

@@ -7,17 +7,19 @@ import hashlib
 import inspect
 import json
 import sys
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from .. import denoiser
 from ..methods import method_class
 from ..recipe import Recipe
-from .. import denoiser
 from . import judge, method_job, units
 from .judge import ASSETS
 
+FORMAT = 1  # of a result
 SHARED = {"diffalign.methods.base", "diffalign.methods", "diffalign.methods.index"}  # the contract: no mathematics
 UNSEEN = ("name", "description", "output", "validate")  # sections that change no weight of a result
 
@@ -27,15 +29,15 @@ def job_key(recipe: Recipe | None, seed: int, budget: int, prompts: int | None, 
     made: dict[str, Any] = {"prompts": prompts, "assets": [asset_hash(name) for name in (model, *ASSETS)]}
     if recipe is not None:
         made["recipe"] = {name: section for name, section in recipe.dump().items() if name not in UNSEEN}
-        made |= {"seed": seed, "budget": budget, "data": asset_hash(recipe.data.path)}
+        made |= {"format": FORMAT, "seed": seed, "budget": budget, "data": asset_hash(recipe.data.path)}
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def job_code(recipe: Recipe | None) -> str:
     """12 hex digits of the code: the method's with its parents', the denoiser's, and the bench's own."""
     if recipe is None:
-        return code_hash([judge])
-    return code_hash([judge, method_job, units, denoiser, *method_modules_of(recipe.method.name)])
+        return code_hash(judge)
+    return code_hash(judge, method_job, units, denoiser, *method_modules_of(recipe.method.name))
 
 
 def method_modules_of(name: str) -> list[ModuleType]:
@@ -53,7 +55,8 @@ def method_modules_of(name: str) -> list[ModuleType]:
     return [found[name] for name in sorted(found)]
 
 
-def code_hash(modules: list[ModuleType]) -> str:
+@cache
+def code_hash(*modules: ModuleType) -> str:
     """Of what the modules do: comments, docstrings and layout do not count."""
     digest = hashlib.sha256()
     for module in modules:
@@ -68,6 +71,7 @@ def code_hash(modules: list[ModuleType]) -> str:
     return digest.hexdigest()[:12]
 
 
+@cache
 def asset_hash(name: str) -> str:
     """Of the files of a shipped asset, or of a path; of the name alone where there is no such file."""
     shipped = Path(str(resources.files("diffalign.assets"))) / name

@@ -23,11 +23,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.files import write_atomic
 from ..errors import Interrupted, UserError, nearest, one_line
 from ..methods import list_methods
 from ..recipe import Recipe, builtin_recipes, load_recipe
 from .method_job import Job, write_job
 from .method_keys import job_code, job_key
+from .methods_page import page
 from .methods_report import MethodsReport
 from .verdict import Kind, Row, fill
 
@@ -124,7 +126,9 @@ def measure_methods(plan: Plan) -> MethodsReport:
     missing = sorted((j for name in wanted for j in jobs[name] if not is_done(j)), key=lambda j: j.seed)
     failed = {} if plan.shown else run_jobs(missing, plan)
     report = collect(entries, jobs, failed, plan)
-    report.write(plan.out)
+    write_atomic(plan.out / "results.json", (json.dumps(report.json(), indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(plan.out / "table.md", report.markdown().encode())
+    write_atomic(plan.out / "report.html", page(report).encode())
     return report
 
 

@@ -28,7 +28,7 @@ def page(report: MethodsReport) -> str:
             scatter(f"Win rate: {IN_LOOP} (in-loop) and {name}", rows, lambda r: r.wins[IN_LOOP].value, wins(name))
             for name in HELD_OUT
         ]
-        plots.append(scatter("Gain over the base against training seconds", rows, seconds, gain))
+        plots.append(scatter("Gain over the base against processor seconds of training", rows, cpu, gain))
     template = resources.files("diffalign.bench").joinpath("methods.html.j2").read_text(encoding="utf-8")
     return (
         environment()
@@ -51,9 +51,9 @@ def wins(name: str) -> Callable[[Row], float]:
     return lambda row: row.wins[name].value
 
 
-def seconds(row: Row) -> float:
-    """Of training."""
-    return row.seconds or 0.0
+def cpu(row: Row) -> float:
+    """Processor seconds of training."""
+    return row.cpu or 0.0
 
 
 def gain(row: Row) -> float:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..data.files import write_atomic
 from .judge import HELD_OUT, IN_LOOP
 from .verdict import Row, shown
 
@@ -30,13 +28,15 @@ HEADS = (
     "pictures a step",
     "units",
     "train s",
+    "train CPU s",
     "peak MB",
 )
 EXPLAINED = (
     "all right: share of held-out prompts whose layout, colours and shapes the oracle finds right, mean over seeds; "
     "intervals: 95 %, bootstrap over prompts; wins: against the base, ties one half; shapes, diversity: change of "
     "single objects (0.03 may be lost); pictures a step: through the U-Net, forward+backward by role; units: 1 forward "
-    "+ 2 backward a picture; peak: resident memory beyond the libraries."
+    "+ 2 backward a picture; CPU: processor seconds, which other programs do not disturb; peak: resident memory beyond "
+    "the libraries."
 )
 
 
@@ -66,7 +66,7 @@ class MethodsReport:
         """For a person: what matters most; the whole table is in the files."""
         from rich.table import Table
 
-        shown = [HEADS.index(h) for h in HEADS if h not in {"pictures a step", "units", "by seed"}]
+        shown = [HEADS.index(h) for h in HEADS if h not in {"pictures a step", "units", "by seed", "train s"}]
         table = Table(title=self.title())
         for i in shown:
             table.add_column(HEADS[i].replace("wins, tiny-", "wins "), justify="left" if i < 2 else "right")
@@ -89,14 +89,6 @@ class MethodsReport:
         lines += [f"* {row.name}: {row.verdict}: {row.why}" for row in self.rows if row.why]
         return "\n".join(lines) + "\n"
 
-    def write(self, out: Path) -> None:
-        """``results.json``, ``table.md`` and ``report.html``. Raises UserError or RunError where they cannot be."""
-        from .methods_page import page
-
-        write_atomic(out / "results.json", (json.dumps(self.json(), indent=1, ensure_ascii=False) + "\n").encode())
-        write_atomic(out / "table.md", self.markdown().encode())
-        write_atomic(out / "report.html", page(self).encode())
-
 
 def cells(row: Row) -> list[str]:
     """The row as texts, in the order of ``HEADS``."""
@@ -116,6 +108,7 @@ def cells(row: Row) -> list[str]:
         ", ".join(f"{role} {p['forward']:g}+{p['backward']:g}" for role, p in row.per_step.items()),
         "" if row.units is None else f"{row.units:,.0f}",
         "" if row.seconds is None else f"{row.seconds:.0f}",
+        "" if row.cpu is None else f"{row.cpu:.0f}",
         "" if row.peak_mb is None else f"{row.peak_mb:.0f}",
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import resource
 import sys
 import time
@@ -183,7 +184,7 @@ def clear_peak() -> int:
     starts anew; returns the bytes that are resident. Elsewhere than on Linux: the mark so far, which stays."""
     gc.collect()
     reset = Path("/proc/self/clear_refs")
-    if sys.platform == "linux" and reset.exists():
+    if sys.platform == "linux" and os.access(reset, os.W_OK):
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
             libc.malloc_trim(0)

@@ -23,8 +23,8 @@ BACKWARD = 2  # units of a backward pass, beside 1 of its forward
 @dataclass
 class Spent:
     """What a trainer's steps spend, each ``Counter`` by role: forward calls, pictures in them, and pictures that a
-    gradient came back through. ``seconds`` are of the steps alone; ``peak`` is the largest resident set since the first
-    step began, in bytes."""
+    gradient came back through. ``seconds`` are of the steps alone, ``cpu`` this process's processor seconds in them,
+    which other programs do not disturb; ``peak`` is the largest resident set since the first step began, in bytes."""
 
     trainer: Trainer
     calls: Counter[str] = field(default_factory=Counter)
@@ -32,6 +32,7 @@ class Spent:
     backward: Counter[str] = field(default_factory=Counter)
     steps: int = 0
     seconds: float = 0.0
+    cpu: float = 0.0
     running: bool = False
     role: str = ""  # of the call under way
 
@@ -45,9 +46,10 @@ class Spent:
         def timed() -> None:
             if not self.steps:
                 clear_peak()
-            self.running, began = True, time.perf_counter()
+            self.running, began, worked = True, time.perf_counter(), time.process_time()
             step()
             self.seconds += time.perf_counter() - began
+            self.cpu += time.process_time() - worked
             self.running = False
             self.steps += 1
 

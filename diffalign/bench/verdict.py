@@ -43,8 +43,9 @@ def shown(value: float, form: str) -> str:
 class Row:
     """One line of the table. ``gain``: share of held-out prompts all right, over the base, pooled over ``seeds``;
     ``by_seed`` the same for each. ``over_shuffled``: over shuffled labels. ``wins``: win rates against the base by
-    judge. ``shapes`` and ``diversity``: changes of single objects, over the base. ``units``, ``seconds`` (training
-    steps alone) and ``peak_mb`` are means over seeds; ``per_step`` is what a step calls, by role."""
+    judge. ``shapes`` and ``diversity``: changes of single objects, over the base. ``units``, ``seconds`` (of the
+    training steps alone), ``cpu`` (processor seconds of the same) and ``peak_mb`` are means over seeds; ``per_step`` is
+    what a step calls, by role."""
 
     name: str
     kind: Kind
@@ -64,6 +65,7 @@ class Row:
     units: float | None = None
     per_step: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: float | None = None
+    cpu: float | None = None
     peak_mb: float | None = None
     sampling: str = ""
     failed: dict[int, str] = field(default_factory=dict)
@@ -123,8 +125,8 @@ def fill(
         return row
     row.seeds = [r["seed"] for r in found]
     row.steps, row.batch, row.per_step = found[0]["steps"], found[0]["batch"], found[0]["per_step"]
-    row.units, row.seconds, row.peak_mb = (
-        float(np.mean([r[name] for r in found])) for name in ("units", "seconds", "peak_mb")
+    row.units, row.seconds, row.cpu, row.peak_mb = (
+        float(np.mean([r[name] for r in found])) for name in ("units", "seconds", "cpu", "peak_mb")
     )
     if base is None:
         row.verdict, row.why = "open", "the base was not judged"

@@ -119,7 +119,22 @@ SHEET: dict[str, dict[str, Any]] = {
     "sd15/kto": {**SHARED, "method.name": "kto", "method.beta": 1000, "method.positive_ratio": 0.8}
     | {"model.storage": "copies", "train.lr": 1e-7, "train.batch": 4 * 2, "train.warmup": 200, "train.steps": 20000}
     | {"data.resolution": 512, "data.caption_dropout": 0.2},
+    # section 9: the paper's batch and steps; the rest is ours
+    "sdxl/rankdpo": {"method.name": "rankdpo", "train.batch": 1024, "train.steps": 400, "method.normalize": "pairs"},
     "sd15/dspo": {**SHARED, **LAUNCHER, "method.name": "dspo", "method.beta": 0.001, "train.steps": 1000},
+    # sheet 13 and the launcher it was read from; "smooth" restarts: 10 times 500 steps
+    **{
+        name: {**SHARED, "method.name": "softrepa", "method.group": 4, "method.tokens": 4, "method.where": where}
+        | {"method.temperature": 0.07, "method.scale": 4.0, "method.dweight": 10, "train.lr": 1e-3, "train.batch": 4}
+        | {"train.weight_decay": 1e-4, "train.schedule": "cosine", "train.period": 5000, "train.max_grad_norm": None}
+        | {"data.resolution": 512}
+        for name, where in (("sd15/softrepa", ["down"]), ("sdxl/softrepa", ["down", "mid"]))
+    },
+    # sheet 12: Stable Cascade's numbers; beta and the U-Nets are ours
+    **{
+        name: {**SHARED, "method.name": "ppd", "train.lr": 1e-5, "train.batch": 768, "data.resolution": side}
+        for name, side in (("sd15/ppd", 512), ("sdxl/ppd", 1024))
+    },
     "sdxl/orpo": {**SHARED, **LORA, "method.name": "orpo", "method.beta": 0.1, "model.lora.rank": 4}
     | {"train.lr": 5e-4, "train.batch": 4, "data.resolution": 1024},
     "sd21/dcpo": {**SHARED, **LAUNCHER, "method.name": "dcpo", "method.beta": 500, "method.error_space": "epsilon"}
@@ -142,6 +157,14 @@ SHEET: dict[str, dict[str, Any]] = {
     "sdxl/sid": {"model.storage": "adapters", "model.lora.rank": 64, "model.lora.alpha": 8, "train.batch": 256}
     | {"train.betas": [0.0, 0.999], "train.lr": 5e-5, "train.role_lr.fake": 1e-4, "method.guidance": 4.5}
     | {"method.timesteps": [999, 749, 499, 249], "method.start": "unit", "data.resolution": 1024},
+    # distillation sheet 6.5 (the demo) and 29.4; for SDXL 24.4 and 29.3
+    "sd15/tdm": {"model.storage": "copies", "data.resolution": 512, "train.batch": 64, "train.lr": 4e-6}
+    | {"train.role_lr.fake": 2e-5, "train.betas": [0.0, 0.95], "train.weight_decay": 1e-2, "train.warmup": 50}
+    | {"train.max_grad_norm": 1.0, "train.schedule": "cosine", "method.guidance": 4.5}
+    | {"method.timesteps": [899, 674, 449, 224]},
+    "sdxl/tdm": {"model.storage": "adapters", "model.lora.rank": 64, "model.lora.alpha": 8, "train.lr": 5e-5}
+    | {"train.role_lr.fake": 1e-4, "train.betas": [0.0, 0.95], "method.guidance": 4.5, "data.resolution": 1024}
+    | {"method.timesteps": [899, 674, 449, 224]},
     # DCPO's run on this model, but at its own size and on its own prediction (sheet 8.3 and 8.7)
     "sd21/dpo": {**SHARED, **LAUNCHER, "method.name": "dpo", "method.beta": 500, "method.error_space": "epsilon"}
     | {"train.batch": 128 * 8, "train.lr": 1e-8 * 128 * 8, "data.caption_dropout": 0.0, "data.resolution": 768},
@@ -163,6 +186,8 @@ def test_recipes_hold_the_papers_settings(name: str) -> None:
 
 
 def test_methods_default_to_the_papers_settings() -> None:
+    tdm = make_method("tdm", {}).config
+    assert (tdm.segments, tdm.target, tdm.loss, tdm.huber, tdm.snr_max) == ("separate", "x0", "huber", 1e-3, 5.0)
     sid = make_method("sid", {})
     assert (sid.config.alpha, sid.config.strategy, sid.config.text_dropout) == (1.0, "lsg", 0.1)
     assert [phase.name for phase in sid.phases] == ["critic", "student"] and sid.repeats(sid.phases[0]) == 1

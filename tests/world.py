@@ -37,6 +37,7 @@ class Rows:
     def __init__(self, n: int = 12, seed: int = 3, kind: str = "pair") -> None:
         self.kind = kind
         self.ids = [f"row-{i}" for i in range(n)]
+        self.prompts = [f"a {name}" for name in self.ids]
         self.places = np.zeros(n, np.uint16)
         self.chosen = keyed.normal((n, 4, 8, 8), seed, "chosen")
         self.rejected = keyed.normal((n, 4, 8, 8), seed, "rejected")
@@ -71,7 +72,7 @@ class Rows:
             {"prompt": Cond(self.embeds[rows])},
             {name: column[rows] for name, column in self.columns.items()},
             torch.ones(len(rows)),
-            prompts=tuple(f"a {self.ids[i]}" for i in rows),
+            prompts=tuple(self.prompts[i] for i in rows),
         )
 
 
@@ -99,12 +100,12 @@ def _vae() -> Any:
     return tiny_vae().requires_grad_(False)
 
 
-def tools(method: Method[Any]) -> dict[str, Any]:
+def tools(method: Method[Any], prompts: Sequence[str] = ()) -> dict[str, Any]:
     """What a method's context holds besides: a VAE's decoder (8 x 8 latents, 64 px), and its scorers."""
     cpu, found = torch.device("cpu"), {}
     if method.needs.decode:
         found["decoder"] = lambda latents: (_vae().decode(latents).sample / 2 + 0.5).clamp(0, 1)
-    return {**found, "rewards": load_rewards(method, cpu, None)}
+    return {**found, "rewards": load_rewards(method, cpu, None, prompts)}
 
 
 def family() -> Any:
@@ -135,7 +136,7 @@ def make_trainer(
     rows = rows or Rows(kind=method.needs.batch)
     uncond = Cond(torch.zeros(1, TOKENS, WIDTH))
     source = Source(rows, range(len(rows.ids)), seed, uncond, group=method.group)  # type: ignore[arg-type]
-    ctx = make_context(roles, seed, autocast=autocast, **tools(method))
+    ctx = make_context(roles, seed, autocast=autocast, **tools(method, rows.prompts))
     return Trainer(method, ctx, source, settings, accelerator or Accelerator(cpu=True))
 
 
@@ -217,9 +218,10 @@ def every_method() -> list[Method[Any]]:
         "ppd": {"beta": 100.0, "user_dropout": 0.25},
         "dmd": {"regression_weight": 0.0},  # its rows are of `pairs teacher`
         "sid": {"timesteps": [999, 499], "start": "unit", "gan_weight": 0.1, "step_fake": True},
+        "tdm": {"loss": "mse", "step_fake": True},  # pseudo-Huber makes a sign of rounding
         "dmd2": {"timesteps": [999, 499], "critic_steps": 1, "gan_weight": 0.1, "gan_width": 8, "step_fake": True},
         "decoupled_dmd": {"timesteps": [999, 499], "critic_steps": 1, "rollout": "ddim"},
         "f_distill": {"timesteps": [999], "critic_steps": 1, "gan_width": 8},
-        "diff_instruct": {"reward": "tiny-pickscore", "reward_weight": 0.1},
+        "diff_instruct": {"timesteps": [399], "reward": "tiny-pickscore", "reward_weight": 0.1},
     }
     return [make_method(name, moderate.get(name, {})) for name in method_modules()] + [TwoRole(TwoRoleConfig())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from world import batch_of, make_trainer, warm
 from diffalign import load_recipe, train
 from diffalign.errors import UserError
 from diffalign.methods import make_method
+from diffalign.methods.preference.dpo import dpo_loss
 from diffalign.methods.preference.kto import kto_loss, reference_point
+from diffalign.methods.preference.rankdpo import pair_weights, places, rankdpo_loss, shares_of_wins
 
 
 def t64(*values: float) -> Tensor:
@@ -118,3 +121,111 @@ def test_kto_refuses_one_class_and_trains_on_two(tiny_model_folder: Path, tmp_pa
     pairs = write_pairs(tmp_path / "pairs", 6)
     run = _run(tiny_model_folder, pairs, tmp_path / "two", "kto", **{"train.micro_batch": 1})
     assert run.step == 2 and {"chosen_gain", "rejected_gain", "reference_point"} <= set(run.log[-1])
+
+
+# ---- RankDPO ------------------------------------------------------------------------------------------------------
+
+PHI = t64(1, 2 / 3, 1 / 3, 0)[None]
+
+
+def test_rankdpo_golden_weights() -> None:
+    found = pair_weights(PHI)[0]
+    expected = {(0, 1): 0.2197, (0, 2): 0.5339, (0, 3): 0.8214, (1, 2): 0.0619, (1, 3): 0.1697, (2, 3): 0.0260}  # V14
+    for i in range(4):
+        for j in range(4):
+            assert found[i, j].item() == pytest.approx(expected.get((i, j), 0.0), abs=5e-5)
+    assert pair_weights(t64(1, 0)[None])[0, 0, 1].item() == pytest.approx(0.5325, abs=5e-5)  # V15
+    assert not pair_weights(t64(0.5, 0.5, 0.5)[None]).any()
+    assert places(t64(0.2, 0.9, 0.2, math.nan)[None])[0, :3].tolist() == [2.5, 1, 2.5]
+
+
+def list_errors(seed: int = 0, lists: int = 3) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(seed)
+    return torch.rand(lists, 4, dtype=torch.float64), torch.rand(lists, 4, dtype=torch.float64)
+
+
+def test_rankdpo_identities() -> None:
+    student, base = list_errors()
+    phi = torch.tensor([[1, 0.5, 0.5, 0], [0.2, 0.9, 0.1, 0.4], [0.7, 0.7, 0.7, 0.7]], dtype=torch.float64)
+    values, _ = rankdpo_loss(student, base, phi, 3.0)
+    order = [2, 0, 3, 1]
+    turned, _ = rankdpo_loss(student[:, order], base[:, order], phi[:, order], 3.0)
+    torch.testing.assert_close(values, turned)
+    assert values[2] == 0, "equal scores"
+    start, _ = rankdpo_loss(base, base, phi, 3.0)
+    torch.testing.assert_close(start, math.log(2) * pair_weights(phi).sum((1, 2)) / 6)
+    m, r = student[:, :2], base[:, :2]
+    dpo, logits = dpo_loss(m[:, 0], m[:, 1], r[:, 0], r[:, 1], 3.0)
+    step = 1 / math.log(2) - 1 / math.log(3)
+    for scores, weight in (((1.0, 0.0), step), ((0.75, 0.25), step * (2**0.75 - 2**0.25))):
+        two = t64(*scores).expand(3, 2)
+        found, found_logits = rankdpo_loss(m, r, two, 3.0)
+        torch.testing.assert_close(found, weight * dpo, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found_logits[:, 0, 1], logits)
+        torch.testing.assert_close(rankdpo_loss(m, r, two, 3.0, "weights")[0], dpo)
+
+
+def test_a_padded_list_is_the_list_without_padding() -> None:
+    student, base = list_errors()
+    student.requires_grad_()
+    phi = torch.tensor([[1, 0.5, 0.2]], dtype=torch.float64).repeat(3, 1)
+    padded = torch.cat([phi, torch.full((3, 1), math.nan, dtype=torch.float64)], 1)
+    for normalize in ("pairs", "weights"):
+        values, _ = rankdpo_loss(student, base, padded, 3.0, normalize)  # type: ignore[arg-type]
+        short, _ = rankdpo_loss(student[:, :3], base[:, :3], phi, 3.0, normalize)  # type: ignore[arg-type]
+        torch.testing.assert_close(values, short)
+    values.sum().backward()
+    assert student.grad is not None and bool(torch.isfinite(student.grad).all()) and not student.grad[:, 3].any()
+
+
+def test_rankdpo_of_two_under_shared_noise_is_dpo() -> None:
+    """On the networks: the same pictures, t and noise as a pair and as a list of two."""
+    options = {"beta": 100.0, "shared_noise": True, "normalize": "weights"}
+    trainer = warm(make_trainer(make_method("rankdpo", options)))
+    batch = batch_of(trainer)
+    pair = dict(zip(("chosen", "rejected"), batch.latents.values(), strict=False))
+    as_list = replace(batch, latents={f"image_{k}": x for k, x in enumerate(pair.values())})
+    as_pair = replace(batch, latents=pair)
+    dpo = make_method("dpo", {"beta": 100.0})
+    with torch.no_grad():
+        found = trainer.method.loss(trainer.ctx, as_list, trainer.method.phases[0])
+        other = dpo.loss(trainer.ctx, as_pair, dpo.phases[0])
+    torch.testing.assert_close(found.values, other.values, rtol=1e-5, atol=1e-6)
+    for name in ("logit", "margin", "accuracy", "chosen_gain", "rejected_gain"):
+        torch.testing.assert_close(found.metrics[name], other.metrics[name], rtol=1e-4, atol=1e-6)
+
+
+def test_pictures_of_a_list_share_t_and_not_the_noise() -> None:
+    trainer = make_trainer(make_method("rankdpo", {}))
+    batch = batch_of(trainer)
+    seen: list[tuple[Tensor, Tensor]] = []
+    trainer.ctx.error = lambda role, x, t, cond, target: seen.append((t, target)) or torch.ones(len(x))  # type: ignore
+    trainer.method.errors(trainer.ctx, batch)  # type: ignore[attr-defined]
+    (t, target), _ = seen
+    assert torch.equal(t, t[:4].repeat(4)) and len(set(t.tolist())) == 4
+    assert len({float(noise.sum()) for noise in target}) == 16
+
+
+def test_shares_of_wins() -> None:
+    found = shares_of_wins(torch.tensor([[21.0, 19.0, 20.0, 20.0], [3.0, 5.0, 4.0, math.nan]]))
+    torch.testing.assert_close(found, torch.tensor([[1, 0, 0.5, 0.5], [0, 1, 0.5, math.nan]]), equal_nan=True)
+
+
+def test_rankdpo_trains_on_lists_and_pairs(tiny_model_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "lists"
+    data.mkdir()
+    for i in range(10):
+        picture(i).save(data / f"{i}.png")
+    lists = [([i, i + 1, i + 2], [0.9, 0.2, 0.5]) for i in range(6)] + [([7, 8], [0.1, 0.4])]
+    rows = [{"prompt": f"a {n}", "images": [f"{k}.png" for k in p], "scores": s} for n, (p, s) in enumerate(lists)]
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert _run(tiny_model_folder, data, tmp_path / "lists-run", "rankdpo").step == 2
+    pairs = write_pairs(tmp_path / "pairs", 6)
+    lines = [
+        json.loads(line) | {"chosen_score": 21.5, "rejected_score": 20} for line in (pairs / "metadata.jsonl").open()
+    ]
+    (pairs / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=r"the data's lie between 20 and 21.5; set method.scores=wins"):
+        _run(tiny_model_folder, pairs, tmp_path / "raw", "rankdpo")
+    run = _run(tiny_model_folder, pairs, tmp_path / "run", "rankdpo", **{"method.scores": "wins"})
+    assert run.step == 2

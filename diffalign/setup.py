@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -186,9 +186,12 @@ def check_rewards(method: Method[Any]) -> dict[str, str | None]:
     return parse_scorers(method.rewards()) if method.needs.reward else {}
 
 
-def load_rewards(method: Method[Any], device: torch.device, autocast: torch.dtype | None) -> dict[str, Reward]:
+def load_rewards(
+    method: Method[Any], device: torch.device, autocast: torch.dtype | None, prompts: Sequence[str] = ()
+) -> dict[str, Reward]:
     """The scorers that ``ctx.reward`` serves, by name, on the device; in bf16 where that computes, else fp32 (gradients
-    of an fp16 tower vanish). Raises UserError for one without weights or gradients."""
+    of an fp16 tower vanish). ``prompts``: all that they will be asked; a text is then encoded beside the same others
+    whenever a run comes to it. Raises UserError for one without weights or gradients."""
     from .eval.scorers import Scorer, load_scorer
 
     found: dict[str, Reward] = {}
@@ -196,6 +199,7 @@ def load_rewards(method: Method[Any], device: torch.device, autocast: torch.dtyp
         scorer = load_scorer(name, path, device.type, "bf16" if autocast == torch.bfloat16 else "fp32")
         if type(scorer).reward is Scorer.reward:
             raise UserError(f"method.reward: scorer '{name}' gives no gradients; take one of CLIP's kind")
+        scorer.plan_texts(prompts)
         found[name] = scorer.reward
     return found
 
@@ -357,6 +361,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
         model.keep_vae(recipe.model.gradient_checkpointing)
     if recipe.train.parallel == "fsdp":  # from the processor's memory to the devices, block by block
         roles.shard(make_mesh(device, world))
+    texts = [text for part in cache.rows.distinct_prompts() for text in part] if method.needs.reward else ()
     ctx = Context(
         roles,
         model.denoiser(),
@@ -364,7 +369,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
         device,
         uncond.to(device),
         autocast_dtype(recipe.train.precision, device),
-        load_rewards(method, device, autocast_dtype(recipe.train.precision, device)),
+        load_rewards(method, device, autocast_dtype(recipe.train.precision, device), texts),
         model.decode_with_gradient if method.needs.decode else None,
         latent_shape=(model.vae.config.latent_channels, *model.latent_size(cache.resolution, cache.resolution)),
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from .common import AsJson, Device, Dtype, Overrides, Quiet, app, is_main, out
+from .common import AsJson, Device, Dtype, Overrides, Quiet, app, is_main, out, sampling_options
 
 pairs = typer.Typer(help="Preference pairs: check, convert, caption.", no_args_is_help=True)
 app.add_typer(pairs, name="pairs")
@@ -109,3 +109,22 @@ def pairs_caption(
     found = caption_pairs(data_recipe(source, changes), target, ConvertOptions(form, link=link), captions, shown)
     if is_main():
         print(json.dumps(found.json(), indent=1)) if as_json else found.render(out())
+
+
+@pairs.command("teacher")
+@sampling_options
+def pairs_teacher(
+    model: Annotated[str, typer.Argument(help="The teacher: a diffusers folder, hub id or built-in name.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write.", metavar="DST")],
+    prompts: Annotated[str, typer.Option(help="A prompt file or built-in set.")],
+    sampling: dict[str, Any],
+    lora: Annotated[str | None, typer.Option(help="LoRA file, folder, or run's folder.")] = None,
+    lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
+    quiet: Quiet = False,
+) -> None:
+    """The teacher's pictures of known noise, for DMD's regression. A killed run goes on where it was."""
+    from ..data.teacher import teacher_pairs
+    from ..eval.prompts import read_prompts
+    from ..pipelines.sample import SampleSpec
+
+    print(teacher_pairs(SampleSpec(model, lora, lora_scale, **sampling), read_prompts(prompts), target, not quiet))

@@ -111,11 +111,15 @@ class Adversarial(ScoreDistill[A], Generic[A]):
         t = self.times(ctx, batch, f"{tag}-time", [(0, last - 1)] * len(x))
         return self.logits(ctx, x if last == 1 else ctx.denoiser.add_noise(x, ctx.draw(batch, tag)[1], t), t, cond)
 
+    def student_term(self, ctx: Context, batch: Batch, sample: Sample) -> Tensor:
+        """The student's GAN loss, weighted: (B,)."""
+        return self.config.gan_weight * gan_student_loss(self.judge(ctx, batch, sample.x, sample.cond))
+
     def student_loss(self, ctx: Context, batch: Batch, sample: Sample) -> Loss:
         found = super().student_loss(ctx, batch, sample)
         if self.config.gan_weight:
-            term = gan_student_loss(self.judge(ctx, batch, sample.x, sample.cond))
-            found.values = found.values + self.config.gan_weight * term
+            term = self.student_term(ctx, batch, sample)
+            found.values = found.values + term
             found.metrics["gan"] = term
         return found
 

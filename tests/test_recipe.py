@@ -119,6 +119,9 @@ SHEET: dict[str, dict[str, Any]] = {
     "sd15/kto": {**SHARED, "method.name": "kto", "method.beta": 1000, "method.positive_ratio": 0.8}
     | {"model.storage": "copies", "train.lr": 1e-7, "train.batch": 4 * 2, "train.warmup": 200, "train.steps": 20000}
     | {"data.resolution": 512, "data.caption_dropout": 0.2},
+    "sd21/curriculum-dpo": {"method.name": "dpo", "method.beta": 2000, "model.lora.rank": 8, "train.lr": 1e-4}
+    | {"train.batch": 8, "data.caption_dropout": 0.25, "data.min_gap": 0.2, "model.storage": "adapters"}
+    | {"data.curriculum.chunks": 6, "data.curriculum.steps": 500, "data.curriculum.top": 150_000},
     # section 9: the paper's batch and steps; the rest is ours
     "sdxl/rankdpo": {"method.name": "rankdpo", "train.batch": 1024, "train.steps": 400, "method.normalize": "pairs"},
     "sd15/dspo": {**SHARED, **LAUNCHER, "method.name": "dspo", "method.beta": 0.001, "train.steps": 1000},

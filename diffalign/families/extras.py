@@ -163,7 +163,7 @@ def save_extra(extra: Extra, folder: Path, dtype: torch.dtype | None = None) -> 
     file, partial = folder / NAME, folder / f".{NAME}.partial"
     header = json.dumps({"kind": extra.kind, "settings": extra.settings()})
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, partial, {"format": "pt", HEADER: header})
+    save_file(state, partial, {HEADER: header})  # one entry: several come in any order, and equal parts are equal files
     os.replace(partial, file)
     return file
 

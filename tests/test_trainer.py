@@ -96,6 +96,8 @@ def test_learning_rate_schedules() -> None:
     assert lr_factor(cosine, 60) == pytest.approx(0.5) and lr_factor(cosine, 35) == pytest.approx(
         math.cos(math.pi / 8) ** 2
     )
+    again = TrainRecipe(steps=110, warmup=10, schedule="cosine", period=40)
+    assert [lr_factor(again, s) for s in (10, 30, 50, 70, 90)] == pytest.approx([1.0, 0.5, 1.0, 0.5, 1.0])
 
 
 def test_learning_rates_reach_the_optimisers_by_role() -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from eval_tiny import write_tiny_clip
@@ -85,6 +86,14 @@ def test_scores_stand_before_the_datas_own_and_min_gap_reads_them(
     assert wide.trainer.source.indices.tolist() == [i for i, gap in enumerate(gaps) if gap >= 0]
     with pytest.raises(UserError, match="no row's score gap reaches"):
         build(recipe_of(tiny_model_folder, data, tmp_path / "a", data__min_gap=1e6, **options), said.append)
+    shuffled = build(
+        recipe_of(tiny_model_folder, data, tmp_path / "a", data__shuffle_labels="true", **options), said.append
+    )
+    winners = {row.chosen.content_hash() for row in free.rows}
+    assert 0 < sum(row.chosen.content_hash() in winners for row in shuffled.rows) < 12
+    # the scores stay with the label: the order of the pictures does not show in them
+    true, given = (np.sort(np.array([*scores_of(p).values()])) for p in (free, shuffled))
+    np.testing.assert_allclose(given, true, atol=1e-4)
     plain = {**options, "method__name": None, "method__beta": None, "data__scorer": "tiny-pickscore"}
     _, *overrides = settings(tiny_model_folder, data, tmp_path / "a", **plain)
     one = build(load_recipe("tiny/sft", overrides), said.append)

@@ -17,6 +17,7 @@ import torch
 from ..errors import RunError, UserError
 from ..recipe import DataRecipe
 from .images import ImageError
+from .readers import coin
 from .scan import workers
 
 if TYPE_CHECKING:
@@ -85,7 +86,12 @@ def score_rows(
 
         made_by = {"scorer": json.dumps(scorer.fingerprint, sort_keys=True)}
         found = cache.table(made_by, compute, recipe.encode_batch, progress)
-    cache.extra |= {name: values.numpy() for name, values in found.items()}
+    columns = {name: values.numpy() for name, values in found.items()}
+    if recipe.shuffle_labels and "rejected" in sides:  # as the readers do: scores follow the label, or the order shows
+        swapped = np.array([coin("shuffle_labels", name) for name in cache.ids])
+        a, b = columns["chosen_score"], columns["rejected_score"]
+        columns |= {"chosen_score": np.where(swapped, b, a), "rejected_score": np.where(swapped, a, b)}
+    cache.extra |= columns
 
 
 def _prepare(scorer: Scorer, ref: ImageRef) -> ndarray:

@@ -14,6 +14,7 @@ from torch import nn
 
 from .data.batch import Cond
 from .data.cache import cache_plan
+from .data.curriculum import check_curriculum
 from .data.files import cache_root
 from .data.layout import CachePlan, entry_bytes
 from .data.rowtable import Rows, Stream
@@ -160,6 +161,7 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
     notes = check_plan(recipe)
     found, report = rows_for(recipe, method)
     rows = found.gather() if isinstance(found, Stream) else found
+    check_curriculum(rows, recipe.data)
     bare = check_texts(method, recipe.method.name, rows)
     notes += [bare] if bare else []
     known = None if is_here(recipe.model) else known_by(recipe.model.path, recipe.model.family)

@@ -79,6 +79,15 @@ class ModelRecipe(Section):
     compile: bool = False
 
 
+class CurriculumRecipe(Section):
+    """Pairs of a large score gap first: the widest of ``chunks`` equal parts for ``steps`` steps, then the first two,
+    and so on up to all; ``top`` leaves out all pairs but those of the widest gaps."""
+
+    chunks: Positive = 6
+    steps: Positive = 500
+    top: Positive | None = None
+
+
 class DataRecipe(Section):
     """Where the pairs are and how they become latents."""
 
@@ -107,6 +116,7 @@ class DataRecipe(Section):
     posterior: Literal["mean", "sample"] = "mean"
     encode_batch: Positive = 8
     reference_errors: Positive | None = None
+    curriculum: CurriculumRecipe | None = None
 
 
 Policy = Literal["off", "warn", "stop"]

@@ -28,6 +28,8 @@ def check_reference(recipe: Recipe, method: Method[Any]) -> PairMethod[Any]:
     key = f"data.reference_errors={recipe.data.reference_errors}"
     if not isinstance(method, PairMethod) or not method.needs.reference:
         raise UserError(f"{key}: method '{recipe.method.name}' compares no pair with the base; set it to null")
+    if recipe.data.curriculum is not None:
+        raise UserError(f"{key}: the visits of a curriculum are not known ahead; set it to null")
     own = [
         hook for hook in ("noise", "draw", "errors", "measure") if getattr(type(method), hook) is not getattr(PairMethod, hook)
     ]

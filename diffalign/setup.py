@@ -23,6 +23,7 @@ from torch import nn
 from .console import Console
 from .context import Context, Reward
 from .data.cache import LatentCache, open_cache
+from .data.curriculum import check_curriculum, curriculum_of
 from .data.files import cache_root
 from .data.rowfile import read_rows
 from .data.rows import Report
@@ -40,7 +41,7 @@ from .recipe import Recipe, TrainRecipe
 from .reference import check_reference, reference_errors
 from .roles import BASE, Roles
 from .shards import check_parallel, make_mesh
-from .trainer import Trainer
+from .trainer import Trainer, plan_slots
 
 
 @dataclass
@@ -320,6 +321,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     if not isinstance(rows, Stream):
         say(report.summary())
         check_texts(method, recipe.method.name, rows)
+        check_curriculum(rows, recipe.data)
     model, dtype = load_base(recipe, device)
     method.check(model.denoiser())
     cache = open_cache(
@@ -351,7 +353,11 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
         training, held = apply_scorer(cache, recipe, (training, held), device, say, progress)
     fit_columns(method, recipe.method.name, cache, training)
     period = recipe.data.reference_errors
-    source = Source(cache, training, recipe.train.seed, uncond, recipe.data.caption_dropout, period, method.group)
+    drawn = recipe.train.batch * (plan_slots(method)[-1].fresh + 1)
+    curriculum = curriculum_of(cache, training, recipe.data, drawn)
+    source = Source(
+        cache, training, recipe.train.seed, uncond, recipe.data.caption_dropout, period, method.group, curriculum
+    )
     heldout = Source(cache, held, recipe.train.seed, uncond, group=method.group) if held else None
     method.users = tuple(cache.rows.users)
     roles = build_roles(model, method, recipe, dtype)

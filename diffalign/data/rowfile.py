@@ -34,7 +34,7 @@ CODE = "1"  # raised whenever the same data would give other rows
 PAIR_COLUMNS = {"chosen", "jpg_0", "chosen_file_name"}
 # What does not decide which rows there are.
 APART = {"resolution", "buckets", "crop", "flip", "caption_dropout", "cache", "cache_dir", "latents", "posterior"}
-APART |= {"encode_batch", "reference_errors", "streaming", "scorer"}
+APART |= {"encode_batch", "reference_errors", "streaming", "scorer", "curriculum"}
 
 
 def read_rows(recipe: DataRecipe, kind: str, progress: Progress | None = None) -> tuple[Rows | Stream, Report]:

@@ -14,6 +14,7 @@ from .batch import Batch, Cond
 
 if TYPE_CHECKING:
     from .cache import LatentCache
+    from .curriculum import Curriculum
 
 RUN = 8  # rows of one bucket that stand together in the order
 
@@ -35,6 +36,7 @@ class Source:
         group: rows that a method compares with one another. The rows of a step are cut into groups of this size, bucket
             by bucket in their order; ranks and micro-batches hold whole groups of consecutive rows. The last one of a
             bucket may be smaller.
+        curriculum: which rows the order draws from, and until when; with one a visit is an epoch's number.
 
     ``reference`` (rows of the cache, V, 2): the base's errors at the first V visits, which ``load`` puts into the
     columns ``base_chosen`` and ``base_rejected``.
@@ -49,6 +51,7 @@ class Source:
         caption_dropout: float = 0.0,
         period: int | None = None,
         group: int = 1,
+        curriculum: Curriculum | None = None,
     ) -> None:
         self.cache = cache
         self.indices = np.asarray(indices, dtype=np.int64)
@@ -57,22 +60,32 @@ class Source:
         self.caption_dropout = caption_dropout
         self.period = period
         self.group = group
+        self.curriculum = curriculum
         self.reference: torch.Tensor | None = None
-        self.places: np.ndarray = cache.places[self.indices]
         self._order = lru_cache(maxsize=2)(self._permutation)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        order = keyed.permutation(len(self.indices), self.seed, "order", epoch)
-        return self.indices[in_runs(order, self.places[order])]
+    def _permutation(self, stage: int, epoch: int) -> np.ndarray:
+        rows = self.indices if self.curriculum is None else self.curriculum.rows(stage)
+        order = keyed.permutation(len(rows), self.seed, "order", epoch)
+        return rows[in_runs(order, self.cache.places[rows][order])]
 
     def rows(self, start: int, count: int) -> tuple[list[int], list[int]]:
         """(cache indices, visits) of the endless order's positions start .. start + count - 1."""
-        epochs, places = np.divmod(np.arange(start, start + count), len(self.indices))
-        visits = epochs % self.period if self.period else epochs
-        return [int(self._order(int(e))[p]) for e, p in zip(epochs, places, strict=True)], visits.tolist()
+        plain = [(0, np.arange(start, start + count))]
+        indices: list[int] = []
+        visits: list[int] = []
+        for stage, positions in plain if self.curriculum is None else self.curriculum.stages(start, count):
+            size, first = len(self.indices), 0
+            if self.curriculum is not None:
+                size, first = self.curriculum.size(stage), self.curriculum.first_epoch(stage)
+            epochs, places = np.divmod(positions, size)
+            epochs += first
+            indices += [int(self._order(stage, int(e))[p]) for e, p in zip(epochs, places, strict=True)]
+            visits += (epochs % self.period if self.period else epochs).tolist()
+        return indices, visits
 
     def cut(self, indices: Sequence[int], visits: Sequence[int], micro: int) -> list[tuple[list[int], list[int]]]:
         """Rows in lists of at most ``micro`` (a multiple of ``group``) of one bucket each, in order of the buckets'

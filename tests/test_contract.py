@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from world import Rows, batch_of, every_method, gap, make_context, make_roles, make_trainer, warm, weights
 
 from diffalign.context import draw_noise
@@ -43,6 +45,17 @@ def test_gradients_reach_exactly_the_roles_of_the_phase(method: Method[Any], che
         for role in trainer.roles.names:
             for p in trainer.roles.parameters(role):
                 p.grad = None
+
+
+def test_adapters_need_one_network_in_memory(method: Method[Any]) -> None:
+    """Whatever a method keeps: no copy of the U-Net is made, and what it builds is small beside it."""
+    before = [o for o in gc.get_objects() if isinstance(o, UNet2DConditionModel)]  # kept: an id may come again
+    trainer = warm(make_trainer(method), 1)
+    known = {id(o) for o in before}
+    new = {id(o) for o in gc.get_objects() if isinstance(o, UNet2DConditionModel)} - known
+    assert len(new) == 1 and {id(network) for network in trainer.roles.networks.values()} == new
+    base = sum(p.numel() for n, p in trainer.roles.unet.named_parameters() if "lora_" not in n)
+    assert sum(p.numel() for module in trainer.roles.modules.values() for p in module.parameters()) < 0.25 * base
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m.couples != "batch"], ids=lambda m: type(m).__name__)

@@ -13,13 +13,13 @@ from world import Rows, batch_of, every_method, gap, make_context, make_roles, m
 
 from diffalign.context import draw_noise
 from diffalign.methods.base import Method
-from diffalign.methods.pair import PairMethod
+from diffalign.methods.pair import PairErrors, PairMethod
 from diffalign.trainer import Trainer
 
 METHODS = every_method()
 NAMES = [type(m).__name__ for m in METHODS]
 WITHOUT_DRAWS = {"InversionDPO"}
-PAIRS = [m for m in METHODS if isinstance(m, PairMethod)]
+PAIRS = [m for m in METHODS if isinstance(m, PairMethod) and m.needs.batch == "pair"]
 
 
 @pytest.fixture(params=METHODS, ids=NAMES)
@@ -186,6 +186,19 @@ def test_swapping_winner_and_loser_mirrors_the_margin(pair: PairMethod[Any]) -> 
     torch.testing.assert_close(there["logit"], -back["logit"], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(there["margin"], -back["margin"], rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(there["chosen_error"], back["rejected_error"])
+
+
+@pytest.mark.parametrize("pair", [m for m in PAIRS if type(m).__name__ != "DSPO"], ids=lambda m: type(m).__name__)
+def test_the_winners_error_is_lowered_and_the_losers_raised(pair: PairMethod[Any]) -> None:
+    """At equal errors, whatever the form of the loss (DSPO's has no such form; it has tests of its own)."""
+    four = [torch.full((3,), 0.1, requires_grad=True) for _ in range(4)]
+    columns = {"chosen_score": torch.full((3,), 2.0), "rejected_score": torch.full((3,), -2.0), "target": torch.ones(3)}
+    values, logits = pair.objective(PairErrors(*four, columns=columns))
+    chosen, rejected = torch.autograd.grad(values.sum(), four[:2])
+    assert bool((chosen > 0).all()) and bool((rejected < 0).all())
+    up, down = (torch.full((3,), 0.1 + shift) for shift in (0.01, -0.01))
+    better = pair.objective(PairErrors(down, up, *(e.detach() for e in four[2:]), columns=columns))[1]
+    assert bool((better > logits).all()), "a wider margin is a larger logit"
 
 
 def test_draws_differ_by_seed_tag_visit_phase_repeat_and_id() -> None:

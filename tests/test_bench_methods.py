@@ -17,7 +17,7 @@ from diffalign.bench import methods
 from diffalign.bench.judge import SCORERS
 from diffalign.bench.method_job import run_job, stay_with
 from diffalign.bench.method_keys import code_hash, job_key, method_modules_of
-from diffalign.bench.methods import Plan, find_entries, make_jobs, measure_methods
+from diffalign.bench.methods import Plan, find_entries, is_asked, make_jobs, measure_methods
 from diffalign.bench.units import Spent
 from diffalign.bench.verdict import Estimate, Row, decide, fill
 from diffalign.cli import app
@@ -109,6 +109,7 @@ def test_rows_are_found() -> None:
     assert all(entry.recipe or "no tiny recipe" in entry.note or entry.kind == "base" for entry in entries.values())
     with pytest.raises(UserError, match="did you mean 'dpo'"):
         find_entries((), ("dop",))
+    assert not is_asked(entries["sft"], ["preference"]) and is_asked(entries["dpo"], ["preference"])
     changed = {e.name: e.recipe.train.lr for e in find_entries(["train.lr=1"], ["dpo"]) if e.recipe}
     assert changed["dpo"] == 1 and changed["shuffled"] != 1 and changed["mapo"] != 1
 

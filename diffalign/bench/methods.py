@@ -56,7 +56,8 @@ class Entry:
 def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> list[Entry]:
     """Base and controls first, then every tiny recipe on tiny-sd, then the methods without one.
 
-    ``overrides`` change the recipes of ``only`` (of all methods, where it is empty).
+    ``only``: rows, or groups such as ``preference``; ``overrides`` change their recipes (all methods', where it is
+    empty).
 
     Raises UserError for an unknown name in ``only`` and for overrides that a recipe does not take."""
     groups = {row["name"]: row["group"] for row in list_methods()}
@@ -68,12 +69,13 @@ def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> lis
             entry = Entry(name, "control", note=CONTROLS[name])
         else:
             given, entry = [], Entry(name, "method")
-        changed = name in only if only else entry.kind == "method"
-        recipe = load_recipe(source, [*given, *(overrides if changed else [])])
+        recipe = load_recipe(source, given)
         if recipe.model.path != MODEL:
             continue  # of another base, such as tiny/sdxl-dpo
-        entry.recipe, entry.method = recipe, recipe.method.name
+        entry.method = recipe.method.name
         entry.group = groups.get(entry.method, "")
+        changed = overrides and (entry.kind == "method" if not only else is_asked(entry, only))
+        entry.recipe = load_recipe(source, [*given, *overrides]) if changed else recipe
         entries.append(entry)
     covered = {entry.method for entry in entries}
     entries += [
@@ -81,11 +83,17 @@ def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> lis
         for name, group in groups.items()
         if name not in covered
     ]
-    known = [entry.name for entry in entries]
+    known = {entry.name for entry in entries} | set(groups.values())
     for name in only:
         if name not in known:
             raise UserError(f"--only {name}: there is no such row{nearest(name, known)}")
     return entries
+
+
+def is_asked(entry: Entry, only: Sequence[str]) -> bool:
+    """Whether a row is to be run: all are, where ``only`` names none, and the base always is."""
+    of_group = entry.kind == "method" and entry.group in only
+    return not only or entry.kind == "base" or entry.name in only or of_group
 
 
 @dataclass
@@ -121,9 +129,9 @@ def measure_methods(plan: Plan) -> MethodsReport:
     except OSError as error:
         raise UserError(f"cannot write to '{plan.out}' ({error.strerror}); choose another --out") from error
     jobs = {entry.name: make_jobs(entry, plan) for entry in entries}
-    wanted = [e.name for e in entries if e.kind == "base" or not plan.only or e.name in plan.only]
+    wanted = [job for entry in entries if is_asked(entry, plan.only) for job in jobs[entry.name]]
     # seeds in turn, so that a table of fewer seeds is there early
-    missing = sorted((j for name in wanted for j in jobs[name] if not is_done(j)), key=lambda j: j.seed)
+    missing = sorted((job for job in wanted if not is_done(job)), key=lambda job: job.seed)
     failed = {} if plan.shown else run_jobs(missing, plan)
     report = collect(entries, jobs, failed, plan)
     write_atomic(plan.out / "results.json", (json.dumps(report.json(), indent=1, ensure_ascii=False) + "\n").encode())
@@ -189,7 +197,7 @@ def collect(entries: Sequence[Entry], jobs: dict[str, list[Job]], failed: dict[s
         row.failed = {job.seed: failed[job.key] for job in of if job.key in failed}
         if not of:
             row.verdict, row.why = "not run", entry.note
-        if plan.only and entry.name not in plan.only and not results[entry.name]:
+        if not is_asked(entry, plan.only) and not results[entry.name]:
             continue
         if of and any(r["code"] != of[0].code for r in results[entry.name]):
             row.note = "made by earlier code"

@@ -152,6 +152,8 @@ def fill(
     elif row.group == "preference":
         gains = [estimate.value for estimate in row.by_seed]
         row.verdict, row.why = decide(gains, row.gain, row.over_shuffled, row.shapes, row.diversity)
+    else:
+        row.why = "the rule is for preference methods"
     if row.failed:
         row.why = "; ".join([row.why, *(f"seed {seed} failed: {why}" for seed, why in row.failed.items())]).lstrip("; ")
     return row

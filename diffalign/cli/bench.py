@@ -77,7 +77,7 @@ def bench_methods(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Overrides for the methods of --only.", metavar="[KEY=VALUE]...")
     ] = None,
-    only: Annotated[str, typer.Option(help="Run these rows alone, comma-separated (the base is always there).")] = "",
+    only: Annotated[str, typer.Option(help="Run these rows or groups alone, as dpo,preference.")] = "",
     seeds: Annotated[str, typer.Option(help="Training seeds, as 0,1,2.")] = "0,1,2",
     budget: Annotated[
         int | None, typer.Option(help="Units of U-Net work for each training; default: tiny/dpo's own.")

@@ -154,6 +154,13 @@ def test_tokens_start_at_the_empty_prompt_or_at_normals_of_the_seed() -> None:
     assert float(wide.std()) == pytest.approx(0.02, rel=0.05)
 
 
+def test_parts_that_see_no_text_are_refused() -> None:
+    family_ = family()
+    family_.unet.down_blocks[0].has_cross_attention = False
+    with pytest.raises(UserError, match="where=down: no block there attends"):
+        make_method("softrepa", {}).build(family_)
+
+
 def test_offsets_follow_the_time() -> None:
     extra = SoftTokens(2, 16, times=100)
     t = torch.tensor([0, 9, 10, 999])

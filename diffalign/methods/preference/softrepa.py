@@ -9,7 +9,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from ...families.extras import SoftTokens
+from ...errors import UserError
+from ...families.extras import SoftTokens, blocks
 from ..base import Loss, Method, MethodConfig, Needs, Paper, Phase
 
 if TYPE_CHECKING:
@@ -97,8 +98,14 @@ class SoftREPA(Method[SoftREPAConfig]):
         self.group = config.group
 
     def build(self, family: Model) -> dict[str, nn.Module]:
-        """The tokens as the student: the frozen U-Net with them is its network."""
+        """The tokens as the student: the frozen U-Net with them is its network.
+
+        Raises UserError when no block of the chosen parts attends to the text."""
         config = self.config
+        if not blocks(family.unet, config.where):
+            raise UserError(
+                f"method.where={','.join(config.where)}: no block there attends to the text; name other parts"
+            )
         width, first = int(family.unet.config.cross_attention_dim), None
         if config.init == "empty" or (config.init == "auto" and family.family != "sdxl"):
             meta = family.device.type == "meta"

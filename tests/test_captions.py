@@ -38,6 +38,7 @@ from diffalign.data.convert import Converted, ConvertOptions
 from diffalign.data.perturb import perturb
 from diffalign.data.readers import read_pairs
 from diffalign.errors import UserError
+from diffalign.eval.ranks import Ranks
 
 CPU = torch.device("cpu")
 TEMPLATE = (
@@ -140,6 +141,9 @@ def test_a_chat_model_is_told_the_prompt(llava: Path) -> None:
     assert len(set(said)) == 3, "pictures and prompts are both seen"
     for i, one in enumerate(said):
         assert captioner([pictures[i]], [["a cat", "a cat", "a much longer prompt about a dog"][i]]) == [one]
+    captioner.processor.chat_template = None
+    with pytest.raises(UserError, match="needs the chat template"):
+        captioner(pictures, [""] * 3)
     assert all("answer:" not in text and "Describe" not in text for text in said), "the question is no caption"
 
 
@@ -243,6 +247,21 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert len(made) == 6 and again.made == {"pairs captioned": 9}, "done already: reported again"
     with pytest.raises(UserError, match="exists already"):
         run(data, tmp_path / "out", level="weak")
+
+
+def test_processes_share_the_batches(tmp_path: Path) -> None:
+    """Two processes' parts, made one after the other: together what one makes alone, and nothing twice."""
+    data = recipe(write_pairs(tmp_path / "pairs", 9))
+    rows, options = read_pairs(data).rows, CaptionOptions(batch=2)
+    alone = caption.Log(tmp_path / "alone", {}, Ranks())
+    caption._make(rows, options, data, alone, Ranks(), None)
+    for rank in (0, 1):
+        log = caption.Log(tmp_path / "both", {}, Ranks(rank, 2))
+        caption._make(rows, options, data, log, Ranks(rank, 2), None)
+        log.close()
+    alone.close()
+    counts = [len((tmp_path / "both" / f"{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)]
+    assert counts == [5, 4] and log.read() == alone.read() and len(log.read()) == 9
 
 
 def test_a_model_that_says_nothing(blip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,10 +46,20 @@ class Captioner:
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
         given: dict[str, Any] = {"images": list(pictures), "return_tensors": "pt"}
-        if getattr(self.processor, "chat_template", None):
+        chat = bool(getattr(self.processor, "chat_template", None))
+        if chat:
             given |= {"text": [self._question(prompt) for prompt in prompts], "padding": True}
-        inputs = self.processor(**given).to(self.device, self.model.dtype)
-        made = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=self.max_tokens)
+        try:
+            inputs = self.processor(**given).to(self.device, self.model.dtype)
+            made = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=self.max_tokens)
+        except (TypeError, ValueError, AttributeError) as error:
+            if chat:
+                raise
+            kind = type(self.model).__name__
+            raise UserError(
+                f"the captioner ({kind}) says nothing of a picture alone ({one_line(str(error))[:120]}); a chat model "
+                "needs the chat template of its processor (chat_template.jinja), take a folder that has it"
+            ) from error
         return [_plain(text) for text in self.processor.batch_decode(_new(made, inputs), skip_special_tokens=True)]
 
     def _question(self, prompt: str) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from .common import AsJson, Device, Dtype, Overrides, Quiet, app, is_main, out, sampling_options
 
-pairs = typer.Typer(help="Preference pairs: check, convert, caption.", no_args_is_help=True)
+pairs = typer.Typer(help="Preference pairs: check, convert, caption, score, make.", no_args_is_help=True)
 app.add_typer(pairs, name="pairs")
 
 

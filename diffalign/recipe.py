@@ -105,6 +105,7 @@ class DataRecipe(Section):
     near_duplicates: Annotated[int, Field(ge=0, le=32)] | None = None
     scorer: str | None = None
     min_gap: float | None = None
+    rewards: list[str] = Field(default_factory=list)
     max_pairs: Positive | None = None
     shuffle_labels: bool = False
     perturb: Literal["weak", "medium", "strong"] | None = None

@@ -54,6 +54,9 @@ class Rows:
             falling = keyed.normal((n, 4), seed, "ranks").sigmoid().sort(1, descending=True).values
             falling[short, 3] = math.nan
             self.columns |= {f"score_{k}": falling[:, k] for k in range(4)}
+            for name in ("beauty", "truth"):
+                values = torch.where(falling.isnan(), falling, keyed.normal((n, 4), seed, name))
+                self.columns |= {f"{name}_{k}": values[:, k] for k in range(4)}
 
     def latents(self) -> dict[str, Tensor]:
         """Those that batches of this kind have."""
@@ -215,10 +218,12 @@ def every_method() -> list[Method[Any]]:
         "softrepa": {"group": 2, "times": 100, "temperature": 1.0},  # errors near 1: at 0.07 the contrast vanishes
         "kto": {"beta": 100.0},
         "rankdpo": {"beta": 100.0},
+        "capo": {"beta": 100.0},
         "ppd": {"beta": 100.0, "user_dropout": 0.25},
         "dmd": {"regression_weight": 0.0},  # its rows are of `pairs teacher`
         "sid": {"timesteps": [999, 499], "start": "unit", "gan_weight": 0.1, "step_fake": True},
         "tdm": {"loss": "mse", "step_fake": True},  # pseudo-Huber makes a sign of rounding
+        "distillation_dpo": {"timesteps": [999, 499], "critic_steps": 1},
         "dmd2": {"timesteps": [999, 499], "critic_steps": 1, "gan_weight": 0.1, "gan_width": 8, "step_fake": True},
         "decoupled_dmd": {"timesteps": [999, 499], "critic_steps": 1, "rollout": "ddim"},
         "f_distill": {"timesteps": [999], "critic_steps": 1, "gan_width": 8},

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def open_ranked(recipe: DataRecipe, progress: Progress | None = None, table: Tab
     (1 or 0 is best), one after another; what is raised at the end comes after the last row.
 
     A row with an unreadable picture, with fewer than two pictures or with another number of scores is left out.
-    ``shuffle_labels`` deals a list's scores out anew, keyed by its id.
+    ``shuffle_labels`` deals a list's scores out anew, keyed by its id. ``rewards`` names further columns of scores.
 
     Raises:
         UserError: as ``read_pairs``.
@@ -80,6 +81,8 @@ def open_ranked(recipe: DataRecipe, progress: Progress | None = None, table: Tab
     table = table or table_of(recipe)
     names = column_of(table, PROMPTS), column_of(table, IMAGES), column_of(table, ORDERS)
     ids = own_ids(table)
+    for name in recipe.rewards:
+        column_of(table, (name,))
     report = Report(table.label, table.format, rows=len(table.bad), bad=list(table.bad))
 
     def rows() -> Iterator[RankedRow]:
@@ -88,7 +91,7 @@ def open_ranked(recipe: DataRecipe, progress: Progress | None = None, table: Tab
             while table.exists(i):
                 report.rows += 1
                 try:
-                    row = _row(table, i, names, scanner)
+                    row = _row(table, i, names, recipe.rewards, scanner)
                     if recipe.duplicates == "skip" and row.id in known:
                         raise ImageError("", "duplicate")
                 except ImageError as error:
@@ -96,7 +99,7 @@ def open_ranked(recipe: DataRecipe, progress: Progress | None = None, table: Tab
                 else:
                     report.usable += 1
                     name = known.take(row.id)
-                    row = RankedRow(str(table.value(i, ids)) if ids else name, row.prompt, row.pictures, row.scores)
+                    row = replace(row, id=str(table.value(i, ids)) if ids else name)
                     yield _dealt(row) if recipe.shuffle_labels else row
                 i += 1
                 scanner.save(SAVE_EVERY)
@@ -110,7 +113,7 @@ def open_ranked(recipe: DataRecipe, progress: Progress | None = None, table: Tab
     return Reading(table, report, rows())
 
 
-def _row(table: Table, i: int, names: tuple[str, str, str], scanner: Scanner) -> RankedRow:
+def _row(table: Table, i: int, names: tuple[str, str, str], rewards: Sequence[str], scanner: Scanner) -> RankedRow:
     """The list of a row, best first, under a name made of its content. Raises ImageError."""
     _, images, order = names
     text, listed, marks = (table.value(i, name) for name in names)
@@ -119,9 +122,10 @@ def _row(table: Table, i: int, names: tuple[str, str, str], scanner: Scanner) ->
     if not isinstance(listed, list) or len(listed) < 2:
         count = f"{len(listed)} in '{images}'" if isinstance(listed, list) else f"'{images}' is no list"
         raise ImageError(f"{count}: a list has two pictures or more", "malformed row")
-    scores = _scores(marks, order)
-    if len(scores) != len(listed):
-        raise ImageError(f"{len(listed)} pictures, {len(scores)} {order}", "malformed row")
+    scores, *others = (_scores(m, n) for m, n in ((marks, order), *((table.value(i, n), n) for n in rewards)))
+    for numbers, column in zip((scores, *others), (order, *rewards), strict=True):
+        if len(numbers) != len(listed):
+            raise ImageError(f"{len(listed)} pictures, {len(numbers)} {column}", "malformed row")
     lists = Lists(table)
     refs = [lists.ref(i, f"{images}[{k}]") for k in range(len(listed))]
     looks: list[Look] = scanner.look(refs)
@@ -130,13 +134,15 @@ def _row(table: Table, i: int, names: tuple[str, str, str], scanner: Scanner) ->
             raise ImageError(look.error, look.reason)
     best = sorted(range(len(refs)), key=lambda k: -scores[k])
     name = digest_of(text.encode(errors="replace"), *(look.digest.encode() for look in looks))[:20]
-    return RankedRow(name, text, tuple(looks[k].apply(refs[k]) for k in best), tuple(scores[k] for k in best))
+    pictures = tuple(looks[k].apply(refs[k]) for k in best)
+    more = tuple((n, tuple(numbers[k] for k in best)) for n, numbers in zip(rewards, others, strict=True))
+    return RankedRow(name, text, pictures, tuple(scores[k] for k in best), more)
 
 
 def _dealt(row: RankedRow) -> RankedRow:
     """The pictures in an order keyed by the id, under the same falling scores."""
     order = generator("shuffle_labels", row.id).permutation(len(row.pictures))
-    return RankedRow(row.id, row.prompt, tuple(row.pictures[k] for k in order), row.scores)
+    return replace(row, pictures=tuple(row.pictures[k] for k in order))
 
 
 def _scores(marks: Any, order: str) -> list[float]:

@@ -54,6 +54,8 @@ def read_rows(recipe: DataRecipe, kind: str, progress: Progress | None = None) -
         return read_prompt_list(recipe)
     table = table_of(recipe)
     stored = "pair" if kind in PARTS and PAIR_COLUMNS & set(table.columns) else kind
+    if recipe.rewards and stored != "ranked":
+        raise UserError("data.rewards names columns of ranked lists, and these rows are none; set it to []")
     if stored == "ranked" and recipe.streaming:
         raise UserError("ranked lists are read as a whole, and data.streaming is on; set data.streaming=false")
     found = None
@@ -107,7 +109,7 @@ def _empty(kind: str, recipe: DataRecipe, table: Table, longest: int = 2) -> Row
     """Rows of a kind to be filled."""
     folder = row_folder(recipe)
     if kind == "ranked":
-        return RankedRows(_table_for(kind, table), folder, longest)
+        return RankedRows(_table_for(kind, table), folder, longest, recipe.rewards if is_ranked(table) else ())
     return ROWS[kind](table, folder)
 
 

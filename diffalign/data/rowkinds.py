@@ -53,26 +53,36 @@ class RatedRows(Packed[RatedRow]):
 
 
 class RankedRows(Packed[RankedRow]):
-    """Lists of pictures of one prompt, best first; ``longest`` is how many each row holds: shorter ones are padded."""
+    """Lists of pictures of one prompt, best first; ``longest`` is how many each row holds: shorter ones are padded.
+    ``rewards``: names of further scores."""
 
     texts = ("prompt",)
 
-    def __init__(self, table: Any = None, folder: Path | None = None, longest: int = 2) -> None:
-        self.longest = longest
+    def __init__(
+        self, table: Any = None, folder: Path | None = None, longest: int = 2, rewards: Sequence[str] = ()
+    ) -> None:
+        self.longest, self.rewards = longest, tuple(rewards)
         self.sides = tuple(f"image_{k}" for k in range(longest))
-        self.numbers = tuple(f"score_{k}" for k in range(longest))
+        self.numbers = tuple(f"{name}_{k}" for name in ("score", *rewards) for k in range(longest))
         super().__init__(table, folder)
 
     @classmethod
     def of_schema(cls, schema: pa.Schema, table: Table, folder: Path | None) -> RankedRows:
-        return cls(table, folder, sum(name.endswith("_digest") for name in schema.names))
+        longest = sum(name.endswith("_digest") for name in schema.names)
+        last = schema.get_field_index("score_0") + longest  # the numbers stand at the end
+        return cls(table, folder, longest, [name[:-2] for name in schema.names[last::longest]])
 
     def append(self, row: RankedRow) -> None:
         super().append(row.padded(self.longest))
 
     def _row(self, values: dict[str, Any]) -> RankedRow:
-        scores = tuple(values[name] for name in self.numbers)
-        return RankedRow(values["id"], values["prompt"], tuple(self._ref(values, s) for s in self.sides), scores)
+        scores, *rewards = (
+            tuple(values[f"{name}_{k}"] for k in range(self.longest)) for name in ("score", *self.rewards)
+        )
+        pictures = tuple(self._ref(values, side) for side in self.sides)
+        return RankedRow(
+            values["id"], values["prompt"], pictures, scores, tuple(zip(self.rewards, rewards, strict=True))
+        )
 
 
 def _moved(pairs: PairRows, batch: pa.RecordBatch, made: Packed[Any], more: dict[str, Any]) -> None:

@@ -186,12 +186,14 @@ class RatedRow:
 class RankedRow:
     """``pictures`` of one prompt and their ``scores``, higher is better, best first.
 
-    Among the rows of a set, a list that is shorter than the longest ends in its last picture again, without scores."""
+    ``rewards`` are further scores of the pictures by name. Among the rows of a set, a list that is shorter than the
+    longest ends in its last picture again, without scores."""
 
     id: str
     prompt: str
     pictures: tuple[ImageRef, ...]
     scores: tuple[float | None, ...]
+    rewards: tuple[tuple[str, tuple[float | None, ...]], ...] = ()
 
     @property
     def images(self) -> dict[str, ImageRef]:
@@ -203,12 +205,15 @@ class RankedRow:
 
     @property
     def columns(self) -> dict[str, float | None]:
-        return {f"score_{k}": score for k, score in enumerate(self.scores)}
+        named = (("score", self.scores), *self.rewards)
+        return {f"{name}_{k}": value for name, values in named for k, value in enumerate(values)}
 
     def padded(self, length: int) -> RankedRow:
         """As a row of a set whose longest list has ``length`` pictures."""
         lack = length - len(self.pictures)
-        return RankedRow(self.id, self.prompt, self.pictures + self.pictures[-1:] * lack, self.scores + (None,) * lack)
+        none = (None,) * lack
+        more = tuple((name, values + none) for name, values in self.rewards)
+        return RankedRow(self.id, self.prompt, self.pictures + self.pictures[-1:] * lack, self.scores + none, more)
 
 
 @dataclass(frozen=True)

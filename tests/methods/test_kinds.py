@@ -15,11 +15,14 @@ from torch import Tensor
 from world import batch_of, make_trainer, warm
 
 from diffalign import load_recipe, train
+from diffalign.data.rowfile import read_rows
 from diffalign.errors import UserError
 from diffalign.methods import make_method
+from diffalign.methods.preference.capo import calibrated, capo_loss, frontiers, stacked
 from diffalign.methods.preference.dpo import dpo_loss
 from diffalign.methods.preference.kto import kto_loss, reference_point
 from diffalign.methods.preference.rankdpo import pair_weights, places, rankdpo_loss, shares_of_wins
+from diffalign.recipe import DataRecipe
 
 
 def t64(*values: float) -> Tensor:
@@ -229,3 +232,98 @@ def test_rankdpo_trains_on_lists_and_pairs(tiny_model_folder: Path, tmp_path: Pa
         _run(tiny_model_folder, pairs, tmp_path / "raw", "rankdpo")
     run = _run(tiny_model_folder, pairs, tmp_path / "run", "rankdpo", **{"method.scores": "wins"})
     assert run.step == 2
+
+
+# ---- CaPO ---------------------------------------------------------------------------------------------------------
+
+
+def test_calibrated_rewards_are_win_rates() -> None:
+    rewards = t64(2.0, 0.0, 1.0, math.nan)
+    sig = [1 / (1 + math.exp(-x)) for x in (1.0, 2.0)]
+    found = calibrated(rewards)
+    expected = [(sig[1] + sig[0]) / 2, (2 - sig[1] - sig[0]) / 2, 0.5]
+    assert found[:3].tolist() == pytest.approx(expected) and found[3].isnan()
+    pair = calibrated(t64(1.3, 0.2))
+    assert (pair[0] - pair[1]).item() == pytest.approx(math.tanh(1.1 / 2))
+    torch.testing.assert_close(calibrated(rewards + 7)[:3], found[:3])
+
+
+def test_pareto_frontiers() -> None:
+    """Two rewards: pictures 0 and 1 on top, 2 between, 3 and 4 at the bottom; 5 is in both and so in neither."""
+    worth = t64(0.9, 0.6, 0.5, 0.1, 0.4, 0.95, math.nan), t64(0.6, 0.9, 0.5, 0.4, 0.1, 0.05, math.nan)
+    upper, lower = frontiers(torch.stack(worth)[None])
+    assert upper[0].tolist() == [True, True, False, False, False, False, False]
+    assert lower[0].tolist() == [False, False, False, True, True, False, False]
+    upper, lower = frontiers(t64(0.2, 0.7, 0.7, 0.1)[None, None])
+    assert upper[0].tolist() == [False, True, True, False] and lower[0].tolist() == [False, False, False, True]
+    for worth in (t64(0.1, 0.9), t64(0.9, 0.1)), (t64(0.5, 0.5), t64(0.5, 0.5)):
+        assert not any(mask.any() for mask in frontiers(torch.stack(worth)[None])), "none is better than the other"
+
+
+def test_capo_is_ipo_at_a_target_of_one_half() -> None:
+    errors = [t64(*values) for values in ((0.1, 0.12), (0.12, 0.11), (0.101, 0.115), (0.119, 0.12))]
+    ipo, logits = dpo_loss(*errors, 40.0, "ipo")
+    torch.testing.assert_close(capo_loss(logits, t64(0.5, 0.5)), 40.0**2 * ipo)
+    assert capo_loss(t64(0.3), t64(0.3)).item() == 0
+
+
+def test_capo_draws_pairs_from_the_frontiers() -> None:
+    trainer = make_trainer(make_method("capo", {"beta": 100.0}))
+    method, seen = trainer.method, set()
+    for visit in range(12):
+        batch = trainer.source.load([0, 1, 2, 3], [visit] * 4)
+        worth = calibrated(torch.stack([stacked(batch.columns, name) for name in ("beauty", "truth")], 1))
+        upper, lower = frontiers(worth)
+        pairs = method.choose(trainer.ctx, batch)  # type: ignore[attr-defined]
+        for row in range(4):
+            every = [batch.latents[f"image_{k}"][row] for k in range(4)]
+            best, worst = (
+                next(k for k in range(4) if torch.equal(every[k], pairs.latents[side][row]))
+                for side in ("chosen", "rejected")
+            )
+            if pairs.weight[row]:
+                assert upper[row, best] and lower[row, worst]
+                expected = (worth[row, :, best] - worth[row, :, worst]).mean()
+                torch.testing.assert_close(pairs.columns["target"][row], expected)
+                seen.add((row, best, worst))
+        assert torch.equal(pairs.weight > 0, upper.any(1))
+        again = method.choose(trainer.ctx, trainer.source.load([2], [visit]))  # type: ignore[attr-defined]
+        assert torch.equal(again.latents["chosen"][0], pairs.latents["chosen"][2])
+    assert len(seen) > 4, "a list gives other pairs at other visits"
+
+
+def test_capo_starts_at_the_square_of_its_targets_and_weighs_times() -> None:
+    trainer = make_trainer(make_method("capo", {"beta": 100.0, "bias": 0.5}))
+    batch = batch_of(trainer)
+    with torch.no_grad():
+        loss = trainer.method.loss(trainer.ctx, batch, trainer.method.phases[0])
+    target = trainer.method.choose(trainer.ctx, batch).columns["target"]  # type: ignore[attr-defined]
+    torch.testing.assert_close(loss.values, target.square(), rtol=1e-3, atol=1e-4)
+    t = torch.tensor([0, 500, 999])
+    bars = trainer.ctx.denoiser.alphas_cumprod[t].double()
+    expected = torch.sigmoid(0.5 - torch.log(bars / (1 - bars)))
+    found = trainer.method.scale(trainer.ctx, t)  # type: ignore[attr-defined]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_capo_reads_rewards_of_lists(tiny_model_folder: Path, tmp_path: Path) -> None:
+    data = tmp_path / "lists"
+    data.mkdir()
+    for i in range(8):
+        picture(i).save(data / f"{i}.png")
+    more = {"hps": [0.3, 0.2, 0.25], "pick": [19.0, 21.0, 20.0]}
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"a {n}", "images": [f"{n + k}.png" for k in range(3)], "scores": [0.4, 0.9, 0.1], **more}
+        for n in range(5)
+    ]
+    rows[4] |= {"pick": [1.0]}
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found, report = read_rows(DataRecipe(path=str(data), rewards=["hps", "pick"]), "ranked")
+    assert report.counts == {"malformed row": 1} and found[0].columns["pick_0"] == 21.0
+    assert found[0].rewards == (("hps", (0.2, 0.3, 0.25)), ("pick", (21.0, 19.0, 20.0))), "in the order of the scores"
+    run = _run(tiny_model_folder, data, tmp_path / "run", "capo", **{"data.rewards": "[hps,pick]"})
+    assert run.step == 2
+    with pytest.raises(UserError, match=r"no column 'hpsv2'; it has .*; did you mean 'hps'"):
+        _run(tiny_model_folder, data, tmp_path / "other", "capo", **{"data.rewards": "[hpsv2]"})
+    with pytest.raises(UserError, match=r"data.rewards names columns of ranked lists"):
+        _run(tiny_model_folder, write_pairs(tmp_path / "p", 4), tmp_path / "none", "capo", **{"data.rewards": "[hps]"})

@@ -169,7 +169,8 @@ class World:
         made["learned"] = lambda: LearnedFake(m_c, s)
         self.fake = made[fake]() if isinstance(fake, str) else fake
         steps = len(self.times)
-        unet = SimpleNamespace(config=SimpleNamespace(cross_attention_dim=1 + steps, block_out_channels=(1,)))
+        sizes = {"cross_attention_dim": 1 + steps, "block_out_channels": (1,), "sample_size": 1}
+        unet = SimpleNamespace(config=SimpleNamespace(**sizes))
         modules = method.build(SimpleNamespace(unet=unet, scheduler_config=SD_SCHEDULE))  # type: ignore[arg-type]
         if "steps" in modules:
             modules["steps"].weight.data[:, 1:] = torch.eye(steps)

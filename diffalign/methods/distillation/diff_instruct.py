@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -70,24 +71,29 @@ class DiffInstruct(ScoreDistill[DiffInstructConfig]):
             needs = self.needs
             self.needs = Needs(needs.batch, draws=needs.draws, reward=True, decode=True)
 
-    def student_loss(self, ctx: Context, batch: Batch, sample: Sample) -> Loss:
+    def direction(self, ctx: Context, batch: Batch, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of a divergence of scores: C h w times its gradient at x, taken at once; no graph outlives its role."""
         config = self.config
         if config.divergence == "kl":
-            found = super().student_loss(ctx, batch, sample)
-        else:
-            x_t, t = self.noised(ctx, batch, sample.x, self.time_window(ctx, sample))
+            return super().direction(ctx, batch, sample)
+        with torch.enable_grad():
+            x = sample.x.detach().requires_grad_()
+            x_t, t = self.noised(ctx, batch, x, self.time_window(ctx, sample))
             y_fake = self.fake_x0(ctx, x_t, t, sample)
             y_real = self.real_x0(ctx, x_t, t, sample, config.guidance)
-            denoiser = ctx.denoiser
-            weight = 1.0 if config.space == "x0" else denoiser.alpha(t) / denoiser.sigma(t) ** 2
-            values = implicit_matching(
-                sample.x, y_fake, y_real, config.huber if config.divergence == "huber" else None, weight
-            )
-            found = Loss(values, batch.weight, {"gap": gap(*(y.detach() for y in (sample.x, y_fake, y_real)))})
-        if config.reward:
+            weight = 1.0 if config.space == "x0" else ctx.denoiser.alpha(t) / ctx.denoiser.sigma(t) ** 2
+            constant = config.huber if config.divergence == "huber" else None
+            values = implicit_matching(x, y_fake, y_real, constant, weight)
+            (gradient,) = torch.autograd.grad(values.sum() * x[0].numel(), x)  # of sums: half precision holds it
+        found = gap(x.detach(), y_fake.detach(), y_real.detach())
+        return gradient, {"gap": found, "divergence": values.detach()}
+
+    def student_loss(self, ctx: Context, batch: Batch, sample: Sample) -> Loss:
+        found = super().student_loss(ctx, batch, sample)
+        if self.config.reward:
             images = ctx.decode(sample.x)
             for name in ctx.rewards:
                 score = ctx.reward(name, images, batch.prompts)
-                found.values = found.values - config.reward_weight * score
-                found.metrics[f"reward/{name}"] = score.detach()
+                found.values = found.values - self.config.reward_weight * score
+                found.metrics[f"reward/{name}"] = score
         return found

@@ -1,0 +1,318 @@
+"""What each method of DMD's family adds: GAN, ratios, decoupled terms, reward, teacher pairs; and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gauss import World
+from PIL import Image
+from pydantic import ValidationError
+from tiny import SD_SCHEDULE
+from torch import Tensor, nn
+from world import Rows, batch_of, make_trainer, warm
+
+from diffalign.data.teacher import teacher_noise, teacher_pairs
+from diffalign.errors import UserError
+from diffalign.keyed import normal as keyed_normal
+from diffalign.methods import make_method
+from diffalign.methods.adversarial import Head, gan_critic_loss, gan_student_loss
+from diffalign.methods.base import Loss
+from diffalign.methods.distillation.diff_instruct import implicit_matching
+from diffalign.methods.distillation.f_distill import WEIGHTS, f_weight, ratio_of
+from diffalign.methods.distillation.sid import sid_loss
+
+CPU = torch.device("cpu")
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def step_mean(loss: Loss) -> float:
+    """What the trainer minimises."""
+    return float((loss.values * loss.weights).sum() / loss.weights.sum())
+
+
+# ---- the GAN --------------------------------------------------------------------------------------------------------
+
+
+def test_a_head_that_knows_nothing() -> None:
+    """Logits 0: 1.386294 for the critic, .693147 for the student, and no gradient of the features."""
+    head, features = Head(32, 8), normal(3, 32, 8, 8).requires_grad_()
+    logits = head(features)
+    assert logits.shape == (3,) and not bool(logits.any())
+    assert gan_critic_loss(logits, logits)[0].item() == pytest.approx(1.386294, abs=1e-6)
+    assert gan_student_loss(logits)[0].item() == pytest.approx(0.693147, abs=1e-6)
+    gan_student_loss(logits).sum().backward()
+    assert not bool(features.grad.any()) and bool(head.last.weight.grad.any())
+
+
+@pytest.mark.parametrize(("channels", "side", "strides"), [(1280, 8, 1), (1280, 32, 3), (96, 4, 0), (32, 2, 0)])
+def test_a_head_fits_every_middle_block(channels: int, side: int, strides: int) -> None:
+    """DMD2's: SD1.5 8 -> 4 -> 1, SDXL 32 -> 16 -> 8 -> 4 -> 1; narrow buckets are padded."""
+    with torch.device("meta"):
+        head = Head(channels, side, None if channels < 1000 else 64)
+        convolutions = [m for m in head.modules() if isinstance(m, nn.Conv2d)]
+        assert len(convolutions) == strides + 2
+        for shape in ((side, side), (max(1, side // 2), side * 2)):
+            assert head(torch.empty(2, channels, *shape)).shape == (2,)
+
+
+def test_the_gan_tells_real_from_made_and_leads_the_student() -> None:
+    """Real pictures are bright, the student's are not: after some critic steps the head says so, and the student's GAN
+    gradient points to the bright side."""
+    method = make_method("dmd2", {"timesteps": [399], "gan_weight": 1.0, "gan_times": 1, "gan_critic_weight": 1.0})
+    rows = Rows(kind="image")
+    rows.chosen = 0.1 * rows.chosen + 2
+    trainer = make_trainer(method, rows=rows, lr=5e-3)
+    ctx, batch = trainer.ctx, batch_of(trainer)
+    for visit in range(8):
+        trainer.update(trainer.slots[1], [trainer.source.load([0, 1, 2, 3], [visit] * 4)])
+    ctx.phase = "student"
+    trainer.roles.train_only(("student",))
+    sample = method.generate(ctx, batch)
+    logits = [method.judge(ctx, batch, x, sample.cond) for x in (batch.latents["image"], sample.x)]
+    assert bool((logits[0] > logits[1]).all())
+    (slope,) = torch.autograd.grad(gan_student_loss(logits[1]).sum(), sample.x)
+    assert float((slope * (batch.latents["image"] - sample.x).detach()).sum()) < 0
+
+
+def test_a_gan_needs_pictures_and_the_others_none() -> None:
+    kinds = {
+        ("dmd2", None): "prompt",
+        ("dmd2", ("gan_weight", 0.1)): "image",
+        ("dmd2", ("rollout", "data")): "image",
+        ("decoupled_dmd", None): "prompt",
+        ("f_distill", ("gan_weight", 0.0)): "image",
+        ("diff_instruct", None): "prompt",
+        ("dmd", None): "image",
+        ("dmd", ("regression_weight", 0.0)): "prompt",
+    }
+    for (name, option), kind in kinds.items():
+        assert make_method(name, dict([option] if option else [])).needs.batch == kind, (name, option)
+
+
+# ---- f-distill ------------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_the_divergences() -> None:
+    one = torch.ones(1)
+    expected = {"rkl": 1, "kl": 1, "js": 0.5, "softened_rkl": 0.5, "neyman": 1, "hellinger": 1, "jeffreys": 2}
+    assert {name: f_weight(name, one).item() for name in WEIGHTS} == expected
+    rho = torch.tensor([0.1, 0.7, 3.0, 20.0])
+    torch.testing.assert_close(f_weight("js", rho) + f_weight("softened_rkl", rho), torch.ones(4))
+    for name, f2 in {"kl": lambda r: 1 / r, "rkl": lambda r: 1 / r**2, "neyman": lambda r: 1 / r**3}.items():
+        torch.testing.assert_close(f_weight(name, rho), rho**2 * f2(rho))
+    assert ratio_of(torch.tensor([100.0, -100.0, 0.0])).tolist() == pytest.approx([20, 0.1, 1])
+
+
+def test_constant_ratios_are_dmd2() -> None:
+    """After the mean is divided out, and with the head at zero; the GAN's weight is not touched by it."""
+    shared = {"timesteps": [999, 499], "gan_weight": 0.2, "gan_width": 8, "guidance": 3.0, "gan_features": "base"}
+    theirs = make_method("dmd2", shared)
+    trainer = make_trainer(theirs)
+    trainer.ctx.phase = "student"
+    batch = batch_of(trainer)
+    with torch.no_grad():
+        expected = step_mean(theirs.loss(trainer.ctx, batch, theirs.phases[0]))
+        for divergence in WEIGHTS:
+            ours = make_method("f_distill", {**shared, "divergence": divergence})
+            found = step_mean(ours.loss(trainer.ctx, batch, ours.phases[0]))
+            assert found == pytest.approx(expected, rel=1e-5), divergence
+
+
+def test_a_real_ratio_weighs_the_samples() -> None:
+    """Weights follow h; without the mean they scale the values; in bins every ratio is divided by its bin's mean."""
+    options = {"timesteps": [999], "gan_weight": 0.0, "gan_width": 8, "divergence": "kl"}
+    found = {}
+    for key, more in {"step": {}, "none": {"mean": "none"}, "bins": {"ratio_bins": 1}}.items():
+        trainer = make_trainer(make_method("f_distill", {**options, **more}))
+        with torch.no_grad():
+            trainer.roles.modules["head"].last.weight.copy_(0.5 * keyed_normal((1, 8, 1, 1), "head"))
+        trainer.ctx.phase = "student"
+        batch = batch_of(trainer)
+        trainer.ctx.stats = trainer.statistics([batch])
+        found[key] = trainer.method.loss(trainer.ctx, batch, trainer.method.phases[0])
+        assert trainer.method.couples == ("batch" if key == "bins" else "none")
+    ratio = found["step"].metrics["ratio"]
+    assert float(ratio.std()) > 1e-3
+    torch.testing.assert_close(found["step"].weights, ratio)
+    torch.testing.assert_close(found["none"].values, ratio * found["step"].values)
+    torch.testing.assert_close(found["bins"].metrics["ratio"], ratio / (ratio.mean() + 1e-6))
+    assert "is DMD2" in make_method("f_distill", {"ratio_bins": 10}).notes()[0]
+
+
+class Slope(nn.Module):
+    """A discriminator that likes large numbers: a ratio that differs from sample to sample."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features.mean((1, 2, 3))
+
+
+def test_any_positive_weight_has_the_same_fixed_point() -> None:
+    world = World(make_method("f_distill", {"timesteps": [999], "guidance": 1.0, "gan_weight": 0.0, "gan_width": 4}))
+    world.roles.modules["head"] = Slope()
+    (mean,), (std,) = world.descend(120, lr=0.3).reached()
+    assert mean == pytest.approx(1.5, abs=1e-2) and std == pytest.approx(0.7, abs=1e-2)
+
+
+# ---- Decoupled DMD --------------------------------------------------------------------------------------------------
+
+
+def directions(name: str, **options: Any) -> Tensor:
+    trainer = make_trainer(make_method(name, {"timesteps": [999, 499], **options}))
+    trainer.ctx.phase = "student"
+    with torch.no_grad():
+        sample = trainer.method.generate(trainer.ctx, batch_of(trainer))
+        return trainer.method.direction(trainer.ctx, batch_of(trainer), sample)[0]
+
+
+def test_tied_terms_are_dmd2() -> None:
+    parity = {"schedule": "coupled", "divisor": "shared", "relative_floor": 0.0}
+    ours, theirs = directions("decoupled_dmd", **parity), directions("dmd2")
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-4)
+    apart = directions("decoupled_dmd", **{**parity, "schedule": "decoupled"})
+    assert float((apart - theirs).abs().max()) > 0.05
+    half = directions("decoupled_dmd", **{**parity, "schedule": "constrained"})
+    assert float((half - theirs).abs().max()) > 1e-3  # those that stop at 499 look at cleaner levels
+
+
+def test_without_guidance_nothing_is_augmented() -> None:
+    hybrid, decoupled = (directions("decoupled_dmd", guidance=1.0, schedule=s) for s in ("hybrid", "decoupled"))
+    assert torch.equal(hybrid, decoupled)
+    world = World(make_method("decoupled_dmd", {"timesteps": [999], "guidance": 6.0}), "teacher")  # cond = uncond
+    world.gradient()
+    assert not bool(world.student.a.grad.any()) and not bool(world.student.b.grad.any())
+
+
+# ---- Diff-Instruct* -------------------------------------------------------------------------------------------------
+
+
+def test_implicit_matching_with_the_square_is_sid_at_alpha_one() -> None:
+    x, y_fake, y_real = (normal(3, 4, 8, 8, seed=s) for s in range(3))
+    ours = implicit_matching(x, y_fake, y_real, None)
+    torch.testing.assert_close(ours, sid_loss(x, y_fake, y_real, 1.0, None)[0])
+    far = implicit_matching(x, y_fake, y_real, 1e4) * 1e4  # a constant far above the difference: the square again
+    torch.testing.assert_close(far, ours, rtol=1e-4, atol=1e-5)
+    # the slope of the distance is bounded by 1, however far apart the scores are
+    bound = (y_fake + 1e6 - x).square().mean((1, 2, 3)).sqrt()
+    assert bool((implicit_matching(x, y_fake + 1e6, y_real, 1e-3).abs() <= 1.001 * bound).all())
+    weight = torch.tensor([2.0, 1.0, 0.5])[:, None, None, None]
+    torch.testing.assert_close(implicit_matching(x, y_fake, y_real, None, weight), ours * torch.tensor([4, 1, 0.25]))
+
+
+def test_reward_alone_where_the_scores_agree() -> None:
+    """f = r: only the reward's gradient is left; without a reward Diff-Instruct++ is DMD undivided."""
+    options = {
+        "timesteps": [399],
+        "guidance": 1.0,
+        "divergence": "kl",
+        "reward": "tiny-pickscore",
+        "reward_weight": 2.0,
+    }
+    trainer = make_trainer(make_method("diff_instruct", options))
+    ctx, batch = trainer.ctx, batch_of(trainer)
+    ctx.phase = "student"
+    with torch.no_grad():
+        loss = trainer.method.loss(ctx, batch, trainer.method.phases[0])
+        x = trainer.method.generate(ctx, batch).x
+    reward = ctx.reward("tiny-pickscore", ctx.decode(x), batch.prompts)
+    torch.testing.assert_close(loss.values, -2.0 * reward, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss.metrics["reward/tiny-pickscore"], reward, rtol=1e-4, atol=1e-4)
+    assert trainer.method.needs.decode and trainer.method.needs.reward
+    assert torch.equal(
+        directions("diff_instruct", divergence="kl", guidance=3.0), directions("dmd2", guidance=3.0, normalise="none")
+    )
+
+
+# ---- DMD's regression -----------------------------------------------------------------------------------------------
+
+
+def test_teacher_pairs_are_noise_and_what_the_teacher_makes_of_it(tmp_path: Path) -> None:
+    """Through the sampler: the noise that a row's id says is the one that its picture came from."""
+    from diffalign.data.readers import read_images
+    from diffalign.eval.prompts import Prompt
+    from diffalign.families import load_model
+    from diffalign.pipelines.sample import SampleSpec
+    from diffalign.recipe import ModelRecipe, data_recipe
+
+    prompts = [Prompt("a", "a red circle"), Prompt("b|1", "a blue square")]
+    spec = SampleSpec("tiny-sd", steps=3, guidance=1.0, seed=(0, 7), per_prompt=2, scheduler="ddim")
+    table = teacher_pairs(spec, prompts, tmp_path, progress=False)
+    rows = read_images(data_recipe(str(tmp_path), [])).rows
+    assert [row.id for row in rows][3:5] == ["teacher|7|1|a", "teacher|0|0|b|1"] and len(rows) == 8
+    model = load_model(ModelRecipe(path="tiny-sd"), CPU, torch.float32)
+    ids = ["teacher|7|1|a", "teacher|0|1|b|1"]
+    noise = teacher_noise(ids, (4, 8, 8))
+    cond = model.encode_prompts(["a red circle", "a blue square"])
+    denoiser, config = model.denoiser(), model.scheduler_config
+    times = denoiser.timesteps(3, config["timestep_spacing"], config["steps_offset"])
+    with torch.no_grad():
+        x = denoiser.sample(lambda x, t: model.call_unet(model.unet, x, t, cond), noise, times)
+        pictures = (model.decode(x) / 2 + 0.5) * 255
+    listed = {row["id"]: row["file_name"] for row in map(json.loads, table.read_text().splitlines())}
+    for name, picture in zip(ids, pictures, strict=True):
+        seen = np.asarray(Image.open(tmp_path / listed[name]), dtype=np.float32).transpose(2, 0, 1)
+        assert np.abs(seen - picture.numpy()).mean() < 2
+    with pytest.raises(UserError, match="--scheduler lcm is no ODE"):
+        teacher_pairs(SampleSpec("tiny-sd", scheduler="lcm"), prompts, tmp_path / "other")
+
+
+class TeacherRows(Rows):
+    def __init__(self) -> None:
+        super().__init__(kind="image")
+        self.ids = [f"teacher|0|0|{i}" for i in range(len(self.ids))]
+
+
+@pytest.mark.parametrize("regression", ["latent", "features"])
+def test_regression_pulls_the_student_to_the_teachers_pictures(regression: str) -> None:
+    method = make_method("dmd", {"guidance": 1.0, "regression": regression, "regression_weight": 1.0})
+    trainer = make_trainer(method, rows=TeacherRows(), lr=3e-3)
+    ctx, batch = trainer.ctx, batch_of(trainer)
+    ctx.phase = "student"
+    with torch.no_grad():
+        sample = method.generate(ctx, batch)
+        noise = teacher_noise(batch.ids, (4, 8, 8))
+        batch.latents["image"] = method.call_student(ctx, noise, sample.t, sample.cond)[0]
+        # DM is zero where fake = teacher: pure regression, zero where the student makes the pairs itself
+        loss = method.loss(ctx, batch, method.phases[0])
+        assert float(loss.metrics["regression"].abs().max()) < 1e-5
+        first = method.loss(ctx, batch_of(trainer), method.phases[0])
+    torch.testing.assert_close(first.values, first.metrics["regression"], atol=1e-4, rtol=1e-3)
+    warm(trainer, 6)
+    with torch.no_grad():
+        ctx.phase = "student"
+        later = method.loss(ctx, batch_of(trainer), method.phases[0])
+    assert float(later.metrics["regression"].mean()) < float(first.metrics["regression"].mean())
+
+
+def test_rows_that_are_no_teacher_pairs_are_refused() -> None:
+    trainer = make_trainer(make_method("dmd", {}), rows=Rows(kind="image"))
+    with pytest.raises(UserError, match="diffalign pairs teacher") as caught:
+        trainer.method.loss(trainer.ctx, batch_of(trainer), trainer.method.phases[0])
+    assert "\n" not in str(caught.value)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+def test_times_that_do_not_fall_or_lie_outside_are_refused() -> None:
+    for times in ([499, 999], [999, 999], [-1], []):
+        with pytest.raises(ValidationError):
+            make_method("dmd2", {"timesteps": times})
+    with pytest.raises(ValidationError, match="must not be above"):
+        make_method("dmd2", {"time_range": [0.9, 0.1]})
+    with pytest.raises(ValidationError, match="at most 1"):
+        make_method("dmd", {"timesteps": [999, 499]})
+    with pytest.raises(UserError, match="1000"):
+        make_method("dmd2", {"timesteps": [1000]}).sampling(SD_SCHEDULE)
+    record = make_method("dmd2", {}).sampling(SD_SCHEDULE)
+    assert record.timesteps == (999, 749, 499, 249) and not record.guided and record.scheduler == "LCMScheduler"
+    assert make_method("diff_instruct", {"start": "sigma", "timesteps": [625]}).sampling(
+        SD_SCHEDULE
+    ).scale == pytest.approx(0.928564, abs=1e-6)

@@ -77,7 +77,7 @@ class MethodsReport:
         console.print(table)
         for row in self.rows:
             if row.why:
-                console.print(f"{row.name}: {row.verdict}: {row.why}", highlight=False, markup=False)
+                console.print(f"{row.name}: {verdict_of(row)}: {row.why}", highlight=False, markup=False)
         if self.settings["overrides"]:
             console.print(f"overrides: {' '.join(self.settings['overrides'])}", highlight=False, markup=False)
 
@@ -86,7 +86,7 @@ class MethodsReport:
         lines = [f"{self.title()}.", "", "| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS)]
         lines += ["| " + " | ".join(cells(row)) + " |" for row in self.rows]
         lines += ["", EXPLAINED, ""]
-        lines += [f"* {row.name}: {row.verdict}: {row.why}" for row in self.rows if row.why]
+        lines += [f"* {row.name}: {verdict_of(row)}: {row.why}" for row in self.rows if row.why]
         return "\n".join(lines) + "\n"
 
 
@@ -96,7 +96,7 @@ def cells(row: Row) -> list[str]:
     change = "+.3f" if row.kind != "base" else ".3f"
     return [
         row.name,
-        row.verdict or "not judged",
+        verdict_of(row),
         "" if row.right is None else f"{row.right:.3f}",
         row.gain.text() if row.gain else "",
         " ".join(shown(e.value, "+.3f") for e in row.by_seed),
@@ -111,6 +111,11 @@ def cells(row: Row) -> list[str]:
         "" if row.cpu is None else f"{row.cpu:.0f}",
         "" if row.peak_mb is None else f"{row.peak_mb:.0f}",
     ]
+
+
+def verdict_of(row: Row) -> str:
+    """In a word or two."""
+    return row.verdict or "not judged"
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:

@@ -87,6 +87,7 @@ LORA = {
     "train.warmup": 0,
     "data.caption_dropout": 0.0,
 }
+DISTIL = {"train.warmup": 500, "train.max_grad_norm": 10.0, "validate.pairs": 0}
 SHEET: dict[str, dict[str, Any]] = {
     "sd15/dpo": {**SHARED, **LAUNCHER, "method.name": "dpo", "method.beta": 5000},
     "sd15/sft": {**SHARED, **LAUNCHER, "method.name": "sft"},
@@ -152,6 +153,35 @@ SHEET: dict[str, dict[str, Any]] = {
         | {"train.lr": 2e-4, "train.batch": 4, "train.steps": 2000, "data.resolution": side}
         for family, side in (("sd15", 512), ("sdxl", 1024))
     },
+    # distillation sheet 2.3 (from memory) and 3.4: DMD, and DMD2's first stage on SD1.5
+    "sd15/dmd": {**SHARED, **DISTIL, "model.storage": "copies", "method.timesteps": [999], "method.guidance": 3.0}
+    | {"method.regression_weight": 0.25, "method.critic_steps": 1, "train.lr": 1e-5, "train.batch": 2304}
+    | {"data.resolution": 512},
+    "sd15/dmd2": {**SHARED, **DISTIL, "model.storage": "copies", "method.timesteps": [999], "method.guidance": 1.75}
+    | {"method.critic_steps": 10, "train.lr": 1e-5, "train.batch": 64 * 32, "train.steps": 39000}
+    | {"method.gan_weight": 0.0, "data.resolution": 512},
+    # 3.4's LoRA column, with the fake score as 24.4 and 29.3 advise; 4.4, 7 and 8 ask for the same with their own terms
+    **{
+        f"sdxl/{name}": {**SHARED, **DISTIL, "model.lora.rank": 64, "model.lora.alpha": 8, "model.lora.targets": "all"}
+        | {"train.lr": 5e-5, "train.role_lr.fake": 1e-4, "train.batch": 64 * 2, "train.steps": 16000}
+        | {"method.timesteps": [999, 749, 499, 249], "method.guidance": 8.0, "method.critic_steps": 5}
+        | {"data.resolution": 1024, "model.gradient_checkpointing": True, "method.name": name}
+        | more
+        for name, more in (
+            ("dmd2", {"method.gan_weight": 0.0}),
+            ("decoupled_dmd", {"method.schedule": "hybrid", "method.relative_floor": 0.1}),
+            ("f_distill", {"method.divergence": "js", "method.gan_weight": 5e-3}),
+            (
+                "diff_instruct",
+                {
+                    "method.timesteps": [399],
+                    "method.guidance": 7.5,
+                    "method.critic_steps": 1,
+                    "method.reward": "hpsv21",
+                },
+            ),
+        )
+    },
     # distillation sheet 5.5 and 5.7 (36.7k steps of 512; half-life of 50,000 pictures), 5.6, 24.4 and 29.3
     "sd15/sid": {"model.storage": "copies", "data.resolution": 512, "train.steps": 36700, "train.batch": 512}
     | {"train.lr": 1e-6, "train.betas": [0.0, 0.999], "train.eps": 1e-8, "train.weight_decay": 0.0}
@@ -168,6 +198,13 @@ SHEET: dict[str, dict[str, Any]] = {
     "sdxl/tdm": {"model.storage": "adapters", "model.lora.rank": 64, "model.lora.alpha": 8, "train.lr": 5e-5}
     | {"train.role_lr.fake": 1e-4, "train.betas": [0.0, 0.95], "method.guidance": 4.5, "data.resolution": 1024}
     | {"method.timesteps": [899, 674, 449, 224]},
+    # distillation sheet 20: no settings for pictures; those of 24.4 and 29.3, DMD2's guidance (3.4)
+    **{
+        f"{family}/distillation_dpo": {"model.storage": "adapters", "model.lora.rank": 64, "model.lora.alpha": 8}
+        | {"train.lr": 5e-5, "train.role_lr.fake": 1e-4, "train.role_lr.loser": 1e-4, "method.critic_steps": 5}
+        | {"method.guidance": guidance, "method.timesteps": times, "train.max_grad_norm": 10.0}
+        for family, guidance, times in (("sd15", 1.75, [999]), ("sdxl", 8.0, [999, 749, 499, 249]))
+    },
     # DCPO's run on this model, but at its own size and on its own prediction (sheet 8.3 and 8.7)
     "sd21/dpo": {**SHARED, **LAUNCHER, "method.name": "dpo", "method.beta": 500, "method.error_space": "epsilon"}
     | {"train.batch": 128 * 8, "train.lr": 1e-8 * 128 * 8, "data.caption_dropout": 0.0, "data.resolution": 768},

@@ -225,7 +225,7 @@ def every_method() -> list[Method[Any]]:
         "tdm": {"loss": "mse", "step_fake": True},  # pseudo-Huber makes a sign of rounding
         "distillation_dpo": {"timesteps": [999, 499], "critic_steps": 1},
         "dmd2": {"timesteps": [999, 499], "critic_steps": 1, "gan_weight": 0.1, "gan_width": 8, "step_fake": True},
-        "decoupled_dmd": {"timesteps": [999, 499], "critic_steps": 1, "rollout": "ddim"},
+        "decoupled_dmd": {"timesteps": [999], "critic_steps": 1},
         "f_distill": {"timesteps": [999], "critic_steps": 1, "gan_width": 8},
         "diff_instruct": {"timesteps": [399], "reward": "tiny-pickscore", "reward_weight": 0.1},
     }

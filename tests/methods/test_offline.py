@@ -409,7 +409,7 @@ def test_smpo_trains_on_scores_and_refuses_rows_without(tiny_model_folder: Path,
             assert train(recipe, progress=False).step == 2
         else:
             with pytest.raises(
-                UserError, match="needs chosen_score and rejected_score in every row; 1 of .*`diffalign pairs score`"
+                UserError, match=r"needs chosen_score and rejected_score in every row; 1 of .*`diffalign pairs score`"
             ):
                 train(recipe, progress=False)
 

@@ -222,8 +222,8 @@ def every_method() -> list[Method[Any]]:
         "ppd": {"beta": 100.0, "user_dropout": 0.25},
         "dmd": {"regression_weight": 0.0},  # its rows are of `pairs teacher`
         "sid": {"timesteps": [999, 499], "start": "unit", "gan_weight": 0.1, "step_fake": True},
-        "tdm": {"loss": "mse", "step_fake": True},  # pseudo-Huber makes a sign of rounding
-        "distillation_dpo": {"timesteps": [999, 499], "critic_steps": 1},
+        "tdm": {"timesteps": [899, 449], "loss": "mse", "step_fake": True},  # pseudo-Huber makes a sign of rounding
+        "distillation_dpo": {"timesteps": [999], "critic_steps": 1},
         "dmd2": {"timesteps": [999, 499], "critic_steps": 1, "gan_weight": 0.1, "gan_width": 8, "step_fake": True},
         "decoupled_dmd": {"timesteps": [999], "critic_steps": 1},
         "f_distill": {"timesteps": [999], "critic_steps": 1, "gan_width": 8},

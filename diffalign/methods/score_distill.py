@@ -143,6 +143,19 @@ class ScoreDistill(Method[D], Generic[D]):
         """Whether these settings need real pictures; prompts alone otherwise."""
         return self.config.rollout == "data"
 
+    def reason(self) -> str:
+        if self.config.rollout == "data":
+            return "method.rollout=data noises real captioned pictures; renoise and ddim need prompts alone"
+        return ""
+
+    def notes(self) -> list[str]:
+        if len(self.config.timesteps) == 1 or self.config.step_fake:
+            return []
+        return [
+            "one fake score serves all steps, as the authors have it, and binds only the mixture of what they make; "
+            "method.step_fake=true tells it the step"
+        ]
+
     def build(self, family: Model) -> dict[str, nn.Module]:
         """The vector that tells the fake score the step: zeros at first, as wide as the text."""
         if not self.config.step_fake:
@@ -252,11 +265,16 @@ class ScoreDistill(Method[D], Generic[D]):
 
     def fake(self, ctx: Context, x_t: Tensor, t: Tensor, sample: Sample, guidance: float = 1.0) -> Tensor:
         """The fake score's network output (B, C, h, w)."""
-        cond, uncond = sample.cond, ctx.uncond.expand(len(x_t))
-        if self.config.step_fake:
-            vector = ctx.roles.modules["steps"](on_device(sample.steps, x_t.device))[:, None]
-            cond, uncond = Cond(cond.embeds + vector, cond.added), Cond(uncond.embeds + vector, uncond.added)
+        cond, uncond = self.told(ctx, sample)
         return ctx.model("fake", x_t, t, cond, guidance, uncond)
+
+    def told(self, ctx: Context, sample: Sample) -> tuple[Cond, Cond]:
+        """What a fake score is told with and without the prompt: the step besides, where the settings say so."""
+        cond, uncond = sample.cond, ctx.uncond.expand(len(sample.cond))
+        if self.config.step_fake:
+            vector = ctx.roles.modules["steps"](on_device(sample.steps, cond.embeds.device))[:, None]
+            cond, uncond = Cond(cond.embeds + vector, cond.added), Cond(uncond.embeds + vector, uncond.added)
+        return cond, uncond
 
     def fake_x0(self, ctx: Context, x_t: Tensor, t: Tensor, sample: Sample, guidance: float = 1.0) -> Tensor:
         """The fake score as x0 (B, C, h, w)."""

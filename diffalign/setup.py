@@ -238,7 +238,11 @@ def rows_for(recipe: Recipe, method: Method[Any]) -> tuple[Rows | Stream, Report
     """The rows of a recipe's data. Where ``data.scorer`` gives the scores, ``data.min_gap`` waits for them."""
     check_scorer(recipe.data)
     data = recipe.data.model_copy(update={"min_gap": None}) if recipe.data.scorer else recipe.data
-    return read_rows(data, method.needs.batch)
+    try:
+        return read_rows(data, method.needs.batch)
+    except UserError as error:
+        reason = method.reason()
+        raise UserError(f"{error}; {reason}") if reason else error from None
 
 
 def apply_scorer(

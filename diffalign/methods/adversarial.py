@@ -91,6 +91,11 @@ class Adversarial(ScoreDistill[A], Generic[A]):
     def wants_pictures(self) -> bool:
         return self.adversarial or super().wants_pictures()
 
+    def reason(self) -> str:
+        if self.adversarial:
+            return "the GAN learns from real captioned pictures; method.gan_weight=0 needs prompts alone"
+        return super().reason()
+
     def build(self, family: Model) -> dict[str, nn.Module]:
         """The head, for the middle block of this U-Net."""
         modules = super().build(family)

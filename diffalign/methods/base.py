@@ -123,6 +123,10 @@ class Method(Generic[C]):
     def check(self, denoiser: Denoiser) -> None:
         """Before anything is encoded: raises UserError where the settings do not go with the model's schedule."""
 
+    def reason(self) -> str:
+        """Why these settings need the rows they do and what else would do, for a person whose data are others."""
+        return ""
+
     def notes(self) -> list[str]:
         """What a run should say at its start about these settings, a line each."""
         return []

@@ -316,3 +316,25 @@ def test_times_that_do_not_fall_or_lie_outside_are_refused() -> None:
     assert make_method("diff_instruct", {"start": "sigma", "timesteps": [625]}).sampling(
         SD_SCHEDULE
     ).scale == pytest.approx(0.928564, abs=1e-6)
+
+
+def test_data_of_another_kind_are_refused_with_the_reason(tmp_path: Path) -> None:
+    from diffalign.recipe import load_recipe
+    from diffalign.setup import make_method_of, rows_for
+
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    for name, options, reason in (
+        ("dmd2", ["method.gan_weight=0.1"], "method.gan_weight=0 needs prompts alone"),
+        ("dmd2", ["method.rollout=data"], "renoise and ddim need prompts alone"),
+        ("f_distill", [], "learns from real captioned pictures"),
+        ("dmd", [], "diffalign pairs teacher"),
+    ):
+        recipe = load_recipe(f"tiny/{name}", [f"data.path={tmp_path}/prompts.txt", *options])
+        with pytest.raises(UserError, match=reason) as caught:
+            rows_for(recipe, make_method_of(recipe))
+        assert "\n" not in str(caught.value)
+
+
+def test_one_fake_score_for_several_steps_is_noted() -> None:
+    assert "step_fake" in make_method("dmd2", {}).notes()[0]
+    assert not make_method("dmd2", {"step_fake": True}).notes() and not make_method("dmd2", {"timesteps": [9]}).notes()

@@ -52,6 +52,11 @@ class DMD(ScoreDistill[DMDConfig]):
     def wants_pictures(self) -> bool:
         return self.config.regression_weight > 0 or super().wants_pictures()
 
+    def reason(self) -> str:
+        if self.config.regression_weight:
+            return "the regression needs data of `diffalign pairs teacher`; method.regression_weight=0 prompts alone"
+        return super().reason()
+
     def student_loss(self, ctx: Context, batch: Batch, sample: Sample) -> Loss:
         found = super().student_loss(ctx, batch, sample)
         if self.config.regression_weight:

@@ -84,12 +84,16 @@ class FDistill(Adversarial[FDistillConfig]):
     def adversarial(self) -> bool:
         return True
 
+    def reason(self) -> str:
+        return "the head that tells the ratio of densities learns from real captioned pictures"
+
     def notes(self) -> list[str]:
         if not self.config.ratio_bins:
-            return []
+            return super().notes()
         return [
+            *super().notes(),
             f"ratios are divided by their mean in {self.config.ratio_bins} bins of time over the step: with few "
-            "samples in a bin every ratio is 1 and this is DMD2; it costs another pass of the student"
+            "samples in a bin every ratio is 1 and this is DMD2; it costs another pass of the student",
         ]
 
     def ratio(self, ctx: Context, batch: Batch, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,7 +50,7 @@ TEMPLATE = (
 def tokenizer(special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     """One token a byte."""
     vocab = {START: 0, END: 1, **{name: 2 + i for i, name in enumerate(special)}}
-    for symbol in pre_tokenizers.ByteLevel.alphabet():
+    for symbol in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocab[symbol] = len(vocab)
     core = Tokenizer(models.BPE(vocab, []))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -94,7 +94,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image_seq_length=16,
         vision_feature_layer=-1,
     )
-    awake(LlavaForConditionalGeneration(config)).save_pretrained(folder)
+    awake(LlavaForConditionalGeneration(config), 2).save_pretrained(folder)
     pixels = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     LlavaProcessor(
         pixels, words, 8, "default", TEMPLATE, num_additional_image_tokens=1

@@ -18,10 +18,12 @@ from diffalign import load_recipe, train
 from diffalign.data.rowfile import read_rows
 from diffalign.errors import UserError
 from diffalign.methods import make_method
+from diffalign.methods.pair import PairErrors
 from diffalign.methods.preference.capo import calibrated, capo_loss, frontiers, stacked
 from diffalign.methods.preference.dpo import dpo_loss
 from diffalign.methods.preference.kto import kto_loss, reference_point
 from diffalign.methods.preference.rankdpo import pair_weights, places, rankdpo_loss, shares_of_wins
+from diffalign.plan import make_plan
 from diffalign.recipe import DataRecipe
 
 
@@ -327,3 +329,49 @@ def test_capo_reads_rewards_of_lists(tiny_model_folder: Path, tmp_path: Path) ->
         _run(tiny_model_folder, data, tmp_path / "other", "capo", **{"data.rewards": "[hpsv2]"})
     with pytest.raises(UserError, match=r"data.rewards names columns of ranked lists"):
         _run(tiny_model_folder, write_pairs(tmp_path / "p", 4), tmp_path / "none", "capo", **{"data.rewards": "[hps]"})
+
+
+# ---- all three ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["kto", "rankdpo"])
+def test_the_better_are_drawn_near_and_the_worse_pushed_off(name: str) -> None:
+    """Which way each picture's own error is to go: down for liked or best ones, up for the others."""
+    trainer = make_trainer(make_method(name, {"beta": 100.0}))
+    batch, leaf = batch_of(trainer, [0, 1]), torch.empty(0)
+
+    def error(role: str, x_t: Tensor, *rest: Tensor) -> Tensor:
+        nonlocal leaf
+        found = torch.full((len(x_t),), 0.1, requires_grad=role == "student")
+        leaf = found if role == "student" else leaf
+        return found
+
+    trainer.ctx.error = error  # type: ignore[method-assign]
+    trainer.ctx.stats = trainer.statistics([batch])
+    trainer.method.loss(trainer.ctx, batch, trainer.method.phases[0]).values.sum().backward()
+    assert leaf.grad is not None
+    if name == "kto":
+        assert batch.columns["label"].tolist() == [-1, 1] and leaf.grad[0] < 0 < leaf.grad[1]
+    else:
+        assert bool((leaf.grad[:2] > 0).all()) and bool((leaf.grad[6:] < 0).all()), "the first picture, the last"
+
+
+def test_capo_pulls_towards_its_target() -> None:
+    four = [t64(0.1).requires_grad_() for _ in range(4)]
+    method = make_method("capo", {"beta": 100.0})
+    values, _ = method.objective(PairErrors(*four, columns={"target": t64(0.5)}))  # type: ignore[attr-defined]
+    values.sum().backward()
+    assert four[0].grad is not None and four[1].grad is not None and four[0].grad > 0 > four[1].grad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["kto", "rankdpo", "capo"])
+def test_sdxl_trains_and_is_planned(name: str, tiny_sdxl_folder: Path, tmp_path: Path) -> None:
+    """Two steps of the SDXL (KTO: SD1.5) recipe's method on SDXL's architecture, and the real recipe's plan."""
+    data = write_pairs(tmp_path / "pairs", 8)
+    found = {"method.scores": "wins"} if name == "rankdpo" else {}
+    _run(tiny_sdxl_folder, data, tmp_path / "run", name, **{"data.rewards": "[]", **found})
+    real = "sd15/kto" if name == "kto" else f"sdxl/{name}"
+    plan = make_plan(load_recipe(real, [f"data.path={data}", "data.rewards=[]", "validate.pairs=2"]), card=80 * 10**9)
+    looks = {"kto": 3, "rankdpo": 4, "capo": 4}[name]  # pictures through the U-Net a row: KTO looks at each beforehand
+    assert plan.calls_per_step == looks * plan.batch and plan.memory["whole"]

@@ -34,7 +34,7 @@ from diffalign.cli import main
 from diffalign.data import caption
 from diffalign.data.caption import CaptionOptions, caption_pairs
 from diffalign.data.captioner import Captioner, ModelPerturber, load_captioner, load_perturber
-from diffalign.data.convert import Converted, ConvertOptions
+from diffalign.data.convert import Converted, ConvertOptions, convert_pairs
 from diffalign.data.perturb import perturb
 from diffalign.data.readers import read_pairs
 from diffalign.errors import UserError
@@ -205,6 +205,8 @@ def test_rules_as_a_command_and_as_a_data_option_agree(tmp_path: Path) -> None:
     for form in ("folder", "parquet", "webdataset", "csv", "datasets"):
         run(data, tmp_path / form, form, level="strong")
         assert texts(tmp_path / form) == expected
+    convert_pairs(recipe(data, perturb="strong"), tmp_path / "plain", ConvertOptions("folder"))
+    assert texts(tmp_path / "plain") == expected
     linked = run(data, tmp_path / "linked", link=True)
     assert (linked.target / listed(linked.target)[0]["chosen_file_name"]).is_symlink()
     # perturbing what was captioned is the hybrid, and the first prompt stays the original one

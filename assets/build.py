@@ -121,6 +121,12 @@ def _pairs(w: World) -> None:
     make_pairs.make_pairs(w.root / "tiny-pairs", w.work / "samples.npz", w.root / "tiny-pickscore")
 
 
+def _ranked(w: World) -> None:
+    from . import make_ranked
+
+    make_ranked.make_ranked(w.root, w.work / "ranked")
+
+
 def _prompts(w: World) -> None:
     folder = w.root / "prompts"
     folder.mkdir(parents=True, exist_ok=True)
@@ -172,7 +178,10 @@ STAGES: dict[str, Stage] = {
         _samples, ("refine",), lambda w: _either(w.work / "samples.npz", w.root / "tiny-pairs" / "pickapic.parquet")
     ),
     "pairs": Stage(_pairs, ("samples", "pickscore"), lambda w: w.root / "tiny-pairs" / "pickapic.parquet"),
-    "check": Stage(_check, ("pairs", "oracle", "prompts", "hps", "sdxl"), lambda w: w.root / "QUALITY.json"),
+    "ranked": Stage(
+        _ranked, ("refine", "pickscore", "hps", "prompts"), lambda w: w.root / "tiny-ranked" / "ranked.parquet"
+    ),
+    "check": Stage(_check, ("pairs", "ranked", "oracle", "prompts", "hps", "sdxl"), lambda w: w.root / "QUALITY.json"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ GATES: dict[str, tuple[float, float]] = {
     "hps_samples_accuracy": (0.8, 1.0),
     "pairs_usable": (1000, 1e9),
     "pairs_heldout": (0, 0),
+    "ranked_lists": (350, 1e9),
+    "ranked_heldout": (0, 0),
     "megabytes": (0, 30),
 }
 
@@ -65,11 +68,23 @@ def measure(root: Path) -> dict[str, float]:
     out = _drawings(root, oracle, rng) | _samples(root, oracle) | _preferences(root, rng)
     out |= _sdxl(root, oracle)
     out["megabytes"] = sum(f.stat().st_size for f in root.rglob("*") if f.is_file() and f.suffix != ".pyc") / 1e6
+    return out | _data(root)
+
+
+def _data(root: Path) -> dict[str, float]:
+    """Counts of the pairs and of the ranked lists."""
     table = pq.read_table(root / "tiny-pairs" / "pickapic.parquet", columns=["caption", "has_label", "label_0"])
-    asked = [scenes.parse(c) for c in table["caption"].to_pylist()]
-    out["pairs_heldout"] = sum(s is None or s.heldout for s in asked)
+    out: dict[str, float] = {"pairs_heldout": _heldout(table["caption"].to_pylist())}
     out["pairs_usable"] = sum(v is not None and v != 0.5 for v in table["label_0"].to_pylist())
+    lists = pq.read_table(root / "tiny-ranked" / "ranked.parquet", columns=["prompt", "scores"])
+    out |= {"ranked_heldout": _heldout(lists["prompt"].to_pylist()), "ranked_lists": len(lists)}
     return out
+
+
+def _heldout(prompts: Sequence[str]) -> int:
+    """Prompts that no training may see."""
+    asked = [scenes.parse(prompt) for prompt in prompts]
+    return sum(s is None or s.heldout for s in asked)
 
 
 def _drawings(root: Path, oracle: Oracle, rng: np.random.Generator) -> dict[str, float]:

@@ -234,3 +234,21 @@ def test_all_assets_are_small_and_the_gates_held():
     size = sum(f.stat().st_size for f in ROOT.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
     assert size < 40e6
     assert json.loads((ROOT / "QUALITY.json").read_text())["passed"] is True
+
+
+def test_ranked_lists_are_shares_of_duels_on_training_prompts():
+    from diffalign.data.ranked import open_ranked
+    from diffalign.recipe import data_recipe
+
+    rows = list(open_ranked(data_recipe("tiny-ranked", ["cache=false"])).rows)
+    assert len(rows) >= 350 and len({r.prompt for r in rows}) == len(rows)
+    asked = [scenes.parse(r.prompt) for r in rows]
+    assert all(s is not None and not s.heldout for s in asked)
+    for row in rows:
+        k = sum(score is not None for score in row.scores)
+        scores = np.array(row.scores[:k])
+        assert (np.diff(scores) <= 0).all() and scores[0] > scores[-1]
+        halves = scores * 4 * (k - 1)  # two scorers, each against k - 1 others
+        assert scores.sum() == pytest.approx(k / 2) and np.abs(halves - halves.round()).max() < 1e-6
+        assert all(ref.size == (32, 32) for ref in row.pictures)
+    assert sum(len(r.pictures) == 4 for r in rows) > 0.9 * len(rows)

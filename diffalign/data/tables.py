@@ -15,6 +15,7 @@ from .webdataset import WebDatasetTable, expand
 
 __all__ = ["Table", "open_table", "read_text_table"]
 
+BUILTIN = ("tiny-pairs", "tiny-ranked")
 METADATA = ("metadata.jsonl", "metadata.csv", "pairs.jsonl", "pairs.csv")
 SAVED = ("dataset_info.json", "dataset_dict.json")
 HUB_ID = re.compile(r"(hf://(datasets/)?)?[\w-][\w.-]*/[\w-][\w.-]*")
@@ -30,9 +31,9 @@ LACKS = {
 
 
 def _builtin(name: str) -> Path | None:
-    """A data set that ships with the package: ``tiny-pairs``, ``tiny-pairs/folder``."""
+    """A data set that ships with the package: ``tiny-pairs``, ``tiny-pairs/folder``, ``tiny-ranked``."""
     parts = Path(name).parts
-    if not parts or not parts[0].startswith("tiny-pairs") or ".." in parts:
+    if not parts or parts[0] not in BUILTIN or ".." in parts:
         return None
     found = Path(str(resources.files("diffalign.assets"))).joinpath(*parts)
     return found if found.exists() else None

@@ -76,7 +76,7 @@ class PPD(DPO):
     W' without bias nothing would be learned from such a row; the dropout's share; beta.
     """
 
-    Config = PPDConfig
+    Config = PPDConfig  # type: ignore[assignment]  # DPO's with more settings
     paper = Paper(
         title="Personalized Preference Fine-tuning of Diffusion Models",
         arxiv="2501.06655",
@@ -103,7 +103,8 @@ class PPD(DPO):
                 f"'{absent[0]}'; add them, or set method.users=null"
             )
         self._numbers = torch.tensor([0, *(names.index(user) + 1 for user in users)])
-        return {"student": UserAttention(widths, names, *given.shape[1:], learned=False, given=unit(given))}
+        tokens, width = given.shape[1:]
+        return {"student": UserAttention(widths, names, tokens, width, learned=False, given=unit(given))}
 
     def user(self, ctx: Context, batch: Batch) -> Tensor:
         """The users' numbers (B, 1) as `UserAttention` counts them: 0 where dropped, or where a row names none."""

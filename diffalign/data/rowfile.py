@@ -62,8 +62,8 @@ def read_rows(recipe: DataRecipe, kind: str, progress: Progress | None = None) -
     for form in dict.fromkeys([stored, kind] if recipe.streaming else [stored]):
         found = found or RowFile(recipe, _table_for(form, table), ROWS[form]).load()
     if found is None:
-        opened = {"pair": open_pairs, "image": open_images, "rated": open_rated, "ranked": open_ranked}
-        reading: Any = opened.get(stored, open_prompts)(recipe, progress, table)
+        openers: dict[str, Any] = {"pair": open_pairs, "image": open_images, "rated": open_rated, "ranked": open_ranked}
+        reading = openers.get(stored, open_prompts)(recipe, progress, table)
         if recipe.streaming:
             rows = _empty(kind, recipe, table)
             passing = PARTS[kind][1](reading.rows) if stored != kind else reading.rows

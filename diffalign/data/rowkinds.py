@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 
 from .rows import ImageRef, PairRow, RankedRow, RatedRow
 from .rowtable import Column, Packed, PairRows
-from .table import Table
 
 LIKED, DISLIKED = "+", "-"  # behind the id of a pair, in the ids of its two rated pictures
 NO_SCORES = (1.0, 0.0)  # of the pictures of a pair without scores
@@ -67,7 +66,7 @@ class RankedRows(Packed[RankedRow]):
         super().__init__(table, folder)
 
     @classmethod
-    def of_schema(cls, schema: pa.Schema, table: Table, folder: Path | None) -> RankedRows:
+    def of_schema(cls, schema: pa.Schema, table: Any, folder: Path | None) -> RankedRows:
         longest = sum(name.endswith("_digest") for name in schema.names)
         last = schema.get_field_index("score_0") + longest  # the numbers stand at the end
         return cls(table, folder, longest, [name[:-2] for name in schema.names[last::longest]])

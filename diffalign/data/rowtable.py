@@ -113,7 +113,7 @@ class Packed(Sequence[R], Generic[R]):
         return pa.schema([*fields, *((name, pa.float64()) for name in self.numbers)])
 
     @classmethod
-    def mapped(cls, path: Path, table: Table, present: Sequence[str]) -> Self:
+    def mapped(cls, path: Path, table: Any, present: Sequence[str]) -> Self:
         """Rows that ``batches`` gave and a file holds. Raises ArrowInvalid or OSError when it is none."""
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         found = cls.of_schema(reader.schema, table, path.parent)
@@ -126,7 +126,7 @@ class Packed(Sequence[R], Generic[R]):
         return found
 
     @classmethod
-    def of_schema(cls, schema: pa.Schema, table: Table, folder: Path | None) -> Self:
+    def of_schema(cls, schema: pa.Schema, table: Any, folder: Path | None) -> Self:
         """Empty rows of the kind that a file has."""
         return cls(table, folder)
 

@@ -133,7 +133,7 @@ def test_keys_follow_what_makes_a_result(tmp_path: Path) -> None:
             setattr(getattr(other, section), name, value) if name else setattr(other, section, value)
         return job_key(other, seed, BUDGET, None, "tiny-sd")
 
-    assert key() == key("description", "another") == key("validate_.pairs", 7)
+    assert key() == key("description", "another") == key("validate_.pairs", 7) == key("train.lr", recipe.train.lr)
     assert len({key(), key("train.lr", 1.0), key("data.shuffle_labels", True), key(seed=1)}) == 4
     names = [module.__name__.rpartition(".")[2] for module in method_modules_of("inpo")]
     assert names == ["inverted", "pair", "dpo", "inpo"]

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from .. import denoiser
-from ..methods import method_class
+from ..methods import method_class, method_config
 from ..recipe import Recipe
 from . import judge, method_job, units
 from .judge import ASSETS
@@ -28,9 +28,18 @@ def job_key(recipe: Recipe | None, seed: int, budget: int, prompts: int | None, 
     """12 hex digits of recipe (None: the base), seed, budget, prompts and the shipped files that are read."""
     made: dict[str, Any] = {"prompts": prompts, "assets": [asset_hash(name) for name in (model, *ASSETS)]}
     if recipe is not None:
-        made["recipe"] = {name: section for name, section in recipe.dump().items() if name not in UNSEEN}
+        made["recipe"] = chosen(recipe)
         made |= {"format": FORMAT, "seed": seed, "budget": budget, "data": asset_hash(recipe.data.path)}
     return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def chosen(recipe: Recipe) -> dict[str, Any]:
+    """The settings that a recipe chooses: without those at their defaults, so that a new option changes no key."""
+    made: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    options = {name: value for name, value in recipe.method.model_dump().items() if name != "name"}
+    settings = method_config(recipe.method.name).model_validate(options)
+    made["method"] = {"name": recipe.method.name, **settings.model_dump(mode="json", exclude_defaults=True)}
+    return {name: section for name, section in made.items() if name not in UNSEEN}
 
 
 def job_code(recipe: Recipe | None) -> str:

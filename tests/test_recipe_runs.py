@@ -1,4 +1,4 @@
-"""Every recipe for SD1.5 and SDXL: planned without its weights, and two steps on the tiny model of its make."""
+"""Each offline method's recipes for SD1.5 and SDXL: planned without weights, trained on the tiny model of their make."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 from small import write_pairs
 
-from diffalign import load_recipe, train
+from diffalign import list_methods, load_recipe, train
 from diffalign.plan import make_plan
 from diffalign.recipe import builtin_recipes
 
-NAMES = [name for name in builtin_recipes() if name.startswith(("sd15/", "sdxl/"))]
+OFFLINE = {row["name"] for row in list_methods() if row["group"] == "preference"}
+REAL = [name for name in builtin_recipes() if name.startswith(("sd15/", "sdxl/"))]
+NAMES = [name for name in REAL if load_recipe(name).method.name in OFFLINE]
 MODELS = {"sd15": "tiny-sd", "sdxl": "tiny-sdxl"}
 
 
@@ -25,7 +27,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = folder / "metadata.jsonl"
     rows = [json.loads(line) for line in table.read_text().splitlines()]
     for number, row in enumerate(rows):
-        row |= {"chosen_score": 2.0 + number, "rejected_score": 1.0, "user": f"user {number % 2}"}
+        row |= {"chosen_score": 0.5 + number / 20, "rejected_score": 0.2, "user": f"user {number % 2}"}
         row["rejected_prompt"] = f"{row['prompt']}, but worse"
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -53,10 +55,12 @@ def overrides(name: str, pairs: Path, out: Path) -> list[str]:
     recipe = load_recipe(name)
     if recipe.data.scorer is not None:
         values["data.scorer"] = "null"  # the rows have scores
+    if recipe.data.rewards:
+        values["data.rewards"] = "[]"
     if recipe.method.name == "softrepa":
         values |= {"train.batch": recipe.method.model_dump()["group"]}
-    short = {"inversion_steps": 2, "critic_steps": 1}
-    values |= {f"method.{key}": few for key, few in short.items() if key in recipe.method.model_dump()}
+    if "inversion_steps" in recipe.method.model_dump():
+        values["method.inversion_steps"] = 2
     return [f"{key}={value}" for key, value in values.items()]
 
 

@@ -1,4 +1,4 @@
-"""Each offline method's recipes for SD1.5 and SDXL: planned without weights, trained on the tiny model of their make."""
+"""The recipes of offline methods for SD1.5 and SDXL: planned without weights, trained on the tiny model of their make."""
 
 from __future__ import annotations
 

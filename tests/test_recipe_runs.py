@@ -1,4 +1,4 @@
-"""Recipes of the offline methods for SD1.5 and SDXL: planned without weights, trained on the tiny model of their make."""
+"""The offline methods' recipes for SD1.5 and SDXL: planned without weights, trained on the tiny model of their make."""
 
 from __future__ import annotations
 

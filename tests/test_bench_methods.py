@@ -109,6 +109,8 @@ def test_rows_are_found() -> None:
     assert all(entry.recipe or "no tiny recipe" in entry.note or entry.kind == "base" for entry in entries.values())
     with pytest.raises(UserError, match="did you mean 'dpo'"):
         find_entries((), ("dop",))
+    assert methods.trained_on(dpo) == ("tiny-pickscore",) == methods.trained_on(entries["smpo"].recipe)
+    assert methods.trained_on(entries["capo"].recipe) == ("tiny-pickscore", "tiny-hps")
     assert not is_asked(entries["sft"], ["preference"]) and is_asked(entries["dpo"], ["preference"])
     changed = {e.name: e.recipe.train.lr for e in find_entries(["train.lr=1"], ["dpo"]) if e.recipe}
     assert changed["dpo"] == 1 and changed["shuffled"] != 1 and changed["mapo"] != 1

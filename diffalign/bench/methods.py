@@ -27,6 +27,7 @@ from ..data.files import write_atomic
 from ..errors import Interrupted, UserError, nearest, one_line
 from ..methods import list_methods
 from ..recipe import Recipe, builtin_recipes, load_recipe
+from .judge import IN_LOOP
 from .method_job import Job, write_job
 from .method_keys import job_code, job_key
 from .methods_page import page
@@ -38,6 +39,7 @@ UNITS_A_PAIR = 8  # of Diffusion-DPO: winner and loser through the student and b
 BUDGET = 300 * 16 * UNITS_A_PAIR  # what tiny/dpo's own 300 steps of 16 pairs cost
 SEEDS = (0, 1, 2)
 CONTROLS = {"shuffled": "tiny/dpo with shuffled labels", "sft": "fine-tuning on the chosen pictures"}
+LABELLERS = {"tiny-pairs": (IN_LOOP,), "tiny-ranked": (IN_LOOP, "tiny-hps")}
 POLL = 0.2  # seconds between looks at the processes
 
 
@@ -194,6 +196,7 @@ def collect(entries: Sequence[Entry], jobs: dict[str, list[Job]], failed: dict[s
     for entry in entries:
         of = jobs[entry.name]
         row = Row(entry.name, entry.kind, entry.group, entry.method, entry.note)
+        row.trained_on = trained_on(entry.recipe)
         row.failed = {job.seed: failed[job.key] for job in of if job.key in failed}
         if not of:
             row.verdict, row.why = "not run", entry.note
@@ -213,6 +216,14 @@ def collect(entries: Sequence[Entry], jobs: dict[str, list[Job]], failed: dict[s
         "overrides": list(plan.overrides),
     }
     return MethodsReport(settings, rows, pictures)
+
+
+def trained_on(recipe: Recipe | None) -> tuple[str, ...]:
+    """The judges whose scores made a recipe's data: those that labelled the pairs or lists, and those it asks for."""
+    if recipe is None:
+        return ()
+    asked = [*LABELLERS.get(recipe.data.path, ()), *recipe.data.rewards, recipe.data.scorer or ""]
+    return tuple(dict.fromkeys(name.partition("=")[0] for name in asked if name))
 
 
 def run_jobs(jobs: Sequence[Job], plan: Plan) -> dict[str, str]:

@@ -36,7 +36,7 @@ EXPLAINED = (
     "intervals: 95 %, bootstrap over prompts; wins: against the base, ties one half; shapes, diversity: change of "
     "single objects (0.03 may be lost); pictures a step: through the U-Net, forward+backward by role; units: 1 forward "
     "+ 2 backward a picture; CPU: processor seconds, which other programs do not disturb; peak: resident memory beyond "
-    "the libraries."
+    "the libraries. †: this row's data were made with this judge's scores."
 )
 
 
@@ -101,7 +101,7 @@ def cells(row: Row) -> list[str]:
         row.gain.text() if row.gain else "",
         " ".join(shown(e.value, "+.3f") for e in row.by_seed),
         row.over_shuffled.text() if row.over_shuffled else "",
-        *(row.wins[name].text(".3f") if name in row.wins else "" for name in judges),
+        *(wins(row, name) if name in row.wins else "" for name in judges),
         "" if row.shapes is None else shown(row.shapes, change),
         "" if row.diversity is None else shown(row.diversity, change),
         "" if row.steps is None else f"{row.steps} x {row.batch}",
@@ -111,6 +111,13 @@ def cells(row: Row) -> list[str]:
         "" if row.cpu is None else f"{row.cpu:.0f}",
         "" if row.peak_mb is None else f"{row.peak_mb:.0f}",
     ]
+
+
+def wins(row: Row, judge: str) -> str:
+    """A win rate; marked where the judge is no outsider though its column says so."""
+    estimate = row.wins[judge]
+    own = judge in row.trained_on and judge in HELD_OUT
+    return f"{shown(estimate.value, '.3f')}{'†' if own else ''} {estimate.span('.3f')}"
 
 
 def verdict_of(row: Row) -> str:

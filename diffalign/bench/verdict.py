@@ -30,7 +30,11 @@ class Estimate:
 
     def text(self, form: str = "+.3f") -> str:
         """As ``+0.061 (+0.029, +0.094)``."""
-        return f"{shown(self.value, form)} ({shown(self.low, form)}, {shown(self.high, form)})"
+        return f"{shown(self.value, form)} {self.span(form)}"
+
+    def span(self, form: str = "+.3f") -> str:
+        """As ``(+0.029, +0.094)``."""
+        return f"({shown(self.low, form)}, {shown(self.high, form)})"
 
 
 def shown(value: float, form: str) -> str:
@@ -45,7 +49,7 @@ class Row:
     ``by_seed`` the same for each. ``over_shuffled``: over shuffled labels. ``wins``: win rates against the base by
     judge. ``shapes`` and ``diversity``: changes of single objects, over the base. ``units``, ``seconds`` (of the
     training steps alone), ``cpu`` (processor seconds of the same) and ``peak_mb`` are means over seeds; ``per_step`` is
-    what a step calls, by role."""
+    what a step calls, by role. ``trained_on``: judges whose scores made the training data."""
 
     name: str
     kind: Kind
@@ -69,6 +73,7 @@ class Row:
     peak_mb: float | None = None
     sampling: str = ""
     failed: dict[int, str] = field(default_factory=dict)
+    trained_on: tuple[str, ...] = ()
     verdict: Word = ""
     why: str = ""
 

@@ -173,7 +173,9 @@ class _Middle(np.random.Generator):
         super().__init__(np.random.PCG64(0))
         self.share = share
 
-    def integers(self, low: Any, high: Any = None, size: Any = None, **kwargs: Any) -> Any:
+    def integers(  # type: ignore[override]
+        self, low: int, high: int | None = None, size: Any = None, **kwargs: Any
+    ) -> Any:
         first, last = (0, low) if high is None else (low, high)
         value = int(first + self.share * (last - first))
         return value if size is None else np.full(size, value)
@@ -196,14 +198,16 @@ class _Context(Context):
         count = len(batch.ids)
         return [_Middle((i + 1) / (count + 1)) for i in range(count)]
 
-    def model(self, role: str, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0) -> Tensor:
+    def model(
+        self, role: str, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0, uncond: Cond | None = None
+    ) -> Tensor:
         if torch.is_grad_enabled():
-            return super().model(role, x_t, t, cond, guidance)
+            return super().model(role, x_t, t, cond, guidance, uncond)
         live, key = self.live, (role, x_t.shape, cond.embeds.shape, guidance == 1.0)
         if key not in self.known:
             now, peak, flops = live.now, live.peak, live.flops
             live.peak = now
-            shape = super().model(role, x_t, t, cond, guidance).shape
+            shape = super().model(role, x_t, t, cond, guidance, uncond).shape
             self.known[key] = shape, live.flops - flops, live.peak - now
             live.peak = max(peak, live.peak)
         else:

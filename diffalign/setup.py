@@ -328,6 +328,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
         check_curriculum(rows, recipe.data)
     model, dtype = load_base(recipe, device)
     method.check(model.denoiser())
+    check_students(method, recipe, model)
     cache = open_cache(
         rows,
         model,
@@ -343,7 +344,6 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     bare = check_texts(method, recipe.method.name, cache.rows)
     if bare:
         say(f"note: {bare}")
-    check_students(method, recipe, model)
     cut, distinct = count_long_prompts(cache.rows, model)
     if cut:
         say(f"{cut} of {distinct} prompts are longer than the text encoder takes; they are cut")

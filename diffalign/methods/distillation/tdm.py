@@ -112,6 +112,10 @@ class TDM(ScoreDistill[TDMConfig]):
         "target `score` is this project's, weighed by (beta / sigma)^2; no random segment ends",
     )
 
+    def notes(self) -> list[str]:
+        """Within their own segments the time tells the fake score which step it is."""
+        return [] if self.config.segments == "separate" else super().notes()
+
     def ends(self, sample: Sample) -> Tensor:
         """The time (B,) where each sample's segment ends: one above the student's next time, 0 for the last."""
         times = (*self.config.timesteps, -1)

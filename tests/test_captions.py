@@ -59,12 +59,14 @@ def tokenizer(special: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
     )
 
 
-def awake(model: torch.nn.Module, seed: int = 0) -> Any:
-    """Weights large enough that different inputs are answered differently."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5
+def awake(kind: Any, config: Any, seed: int = 0) -> Any:
+    """A model with weights large enough that different inputs are answered differently; a function of the seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = kind(config)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     return model.eval()
 
 
@@ -77,7 +79,7 @@ def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text_config={**text, "eos_token_id": 1, "pad_token_id": 1, "max_position_embeddings": 64},
         vision_config={**small, "image_size": 32, "patch_size": 8},
     )
-    awake(BlipForConditionalGeneration(config)).save_pretrained(folder)
+    awake(BlipForConditionalGeneration, config).save_pretrained(folder)
     size = {"height": 32, "width": 32}
     BlipProcessor(BlipImageProcessorPil(size=size), words).save_pretrained(folder)
     return folder
@@ -94,7 +96,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
         image_seq_length=16,
         vision_feature_layer=-1,
     )
-    awake(LlavaForConditionalGeneration(config), 2).save_pretrained(folder)
+    awake(LlavaForConditionalGeneration, config, 3).save_pretrained(folder)
     pixels = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     LlavaProcessor(
         pixels, words, 8, "default", TEMPLATE, num_additional_image_tokens=1
@@ -153,7 +155,7 @@ def t5(folder: Path, name: str) -> Path:
         vocab_size=len(words), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
         decoder_start_token_id=0, eos_token_id=1, pad_token_id=1,
     )  # fmt: skip
-    awake(T5ForConditionalGeneration(config)).save_pretrained(folder / name)
+    awake(T5ForConditionalGeneration, config).save_pretrained(folder / name)
     words.save_pretrained(folder / name)
     return folder / name
 
@@ -183,7 +185,7 @@ def test_text_models_sample_by_the_seed(tmp_path: Path) -> None:
         vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         eos_token_id=1, bos_token_id=0,
     )  # fmt: skip
-    awake(LlamaForCausalLM(config)).save_pretrained(causal)
+    awake(LlamaForCausalLM, config).save_pretrained(causal)
     words.save_pretrained(causal)
     for place in (causal, t5(tmp_path, "plain")):
         found = load_perturber(str(place), "medium", CPU, torch.float32)

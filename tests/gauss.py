@@ -3,7 +3,7 @@
 A method runs here through its own ``loss``, on the real roles and context; only the networks are these: the teacher is
 the exact posterior mean (given the prompt N(m_c, s^2), without it N(m_u, s^2)), the student is x0 = a x + b at each of
 its times, and the fake score is exact for what the student makes now, learned, or the teacher. All of them speak the
-network's own prediction (eps), so that the library's conversions are exercised.
+network's own prediction, so that the library's conversions are exercised.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ def level(t: Tensor | int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, 
 
 
 class Net(nn.Module):
-    """A network given by its x0 (B, 1, h, w); ``cond.embeds`` (B, 1, 1 + K) is 1 with a prompt and 0 without, then the
-    step as a unit vector, or zeros."""
+    """A network given by its x0 (B, 1, h, w), told in its own prediction.
+
+    ``cond.embeds`` (B, 1, 1 + K) is 1 with a prompt and 0 without, then the step as a unit vector, or zeros."""
+
+    denoiser = DENOISER
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,8 +55,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         flag, step = cond.embeds[:, 0, :1, None, None], cond.embeds[:, 0, 1:]
         self.mid_block(x)
-        alpha, sigma = level(t)
-        return (x - alpha * self.x0(x, t, flag, step)) / sigma
+        return self.denoiser.target_from_xt(self.x0(x, t, flag, step), x, t)
 
 
 class Teacher(Net):
@@ -143,6 +145,7 @@ class World:
         fake: ``exact`` (its critic phase is left out), ``learned``, ``teacher`` (frozen at the start), or a network.
         rows: samples of a batch, each of 256 numbers at one time.
         init: the student starts with a = 2 and b = -1 (``far``), or as the ``teacher``.
+        prediction: what the networks predict.
     """
 
     def __init__(
@@ -156,6 +159,7 @@ class World:
         rows: int = 8,
         init: str = "far",
         seed: int = 0,
+        prediction: str = "epsilon",
     ) -> None:
         self.method, self.rows, self.kind = method, rows, fake
         config = method.config
@@ -175,12 +179,15 @@ class World:
         if "steps" in modules:
             modules["steps"].weight.data[:, 1:] = torch.eye(steps)
         self.roles = Roles(self.teacher, lambda net, x, t, cond: net(x, t, cond), (), modules=modules)
+        denoiser = Denoiser.from_config(SD_SCHEDULE, prediction)
+        for net in (self.teacher, self.student, self.fake):
+            net.denoiser = denoiser
         for name, net in (("student", self.student), ("fake", self.fake)):
             self.roles.networks[name] = net
             self.roles._parameters[name] = dict(net.named_parameters())
         self.roles.trained = ("student", "fake")
         uncond = Cond(torch.zeros(1, 1, 1 + steps))
-        self.ctx = Context(self.roles, DENOISER, seed, torch.device("cpu"), uncond, latent_shape=SHAPE)
+        self.ctx = Context(self.roles, denoiser, seed, torch.device("cpu"), uncond, latent_shape=SHAPE)
 
     def batch(self, visit: int) -> Batch:
         """Fresh noise at each visit; real pictures where the method asks for them."""

@@ -60,8 +60,8 @@ class Head(nn.Module):
             nn.Conv2d(channels, width, self.least, self.least), nn.GroupNorm(groups, width), nn.SiLU()
         )
         self.last = nn.Conv2d(width, 1, 1)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, features: Tensor) -> Tensor:
         strides = 2 ** (len(self.layers) // 3 - 1)

@@ -16,6 +16,7 @@ from tiny import SD_SCHEDULE
 from torch import Tensor, nn
 from world import Rows, batch_of, make_trainer, warm
 
+from diffalign.data.batch import Batch, Cond
 from diffalign.data.teacher import teacher_noise, teacher_pairs
 from diffalign.errors import UserError
 from diffalign.keyed import normal as keyed_normal
@@ -338,3 +339,18 @@ def test_data_of_another_kind_are_refused_with_the_reason(tmp_path: Path) -> Non
 def test_one_fake_score_for_several_steps_is_noted() -> None:
     assert "step_fake" in make_method("dmd2", {}).notes()[0]
     assert not make_method("dmd2", {"step_fake": True}).notes() and not make_method("dmd2", {"timesteps": [9]}).notes()
+
+
+def test_every_network_is_told_the_sizes_of_sampling() -> None:
+    """Whatever crop the real picture of a row is, SDXL hears of a whole one of the latents' size."""
+    pooled, sizes = (
+        normal(2, 6),
+        torch.tensor([[700.0, 900.0, 30.0, 0.0, 64.0, 96.0], [64.0, 64.0, 0.0, 0.0, 64.0, 96.0]]),
+    )
+    cond = Cond(normal(2, 5, 16), {"text_embeds": pooled})
+    batch = Batch(("a", "b"), (0, 0), {}, {"prompt": cond}, {}, torch.ones(2), sizes={"image": sizes})
+    told = make_method("dmd2", {}).condition(batch)
+    assert told.added["time_ids"].tolist() == [[64, 96, 0, 0, 64, 96]] * 2
+    assert torch.equal(told.added["text_embeds"], pooled) and torch.equal(told.embeds, cond.embeds)
+    batch.cond["prompt"] = Cond(cond.embeds)  # SD1.5 takes none
+    assert make_method("dmd2", {}).condition(batch).added == {}

@@ -78,6 +78,16 @@ class SamplingRecord(BaseModel):
             )
         return tuple(self.timesteps[k * self.steps // steps] for k in range(steps))
 
+    def check_base(self, scheduler: Mapping[str, Any], student: str) -> None:
+        """Raises UserError when ``student`` was distilled on a network that predicts something else than this base,
+        whose scheduler config is ``scheduler``."""
+        mine, base = (str(c.get("prediction_type") or "epsilon") for c in (self.config, scheduler))
+        if mine != base:
+            raise UserError(
+                f"student '{student}' was distilled from a model of prediction {mine} and this base has {base}; take "
+                "the base that it was made for"
+            )
+
     def call(self, steps: int | None = None, guidance: float | None = None) -> Json:
         """Keyword arguments of a diffusers pipeline beside the prompt. Raises UserError as ``times``."""
         options: Json = {

@@ -290,6 +290,8 @@ def check_students(method: Method[Any], recipe: Recipe, model: Model) -> None:
     record = method.sampling(model.scheduler_config)
     for lora in recipe.model.loras if record is not None else ():
         made = recorded(lora.path)
+        if made is not None:
+            made.check_base(model.scheduler_config, lora.path)
         if made is not None and record is not None and record.steps > made.steps:
             raise UserError(
                 f"method '{recipe.method.name}' trains {record.steps} steps, but the student '{lora.path}' was made "

@@ -121,10 +121,11 @@ class FewStepPipeline(DiffusionPipeline):
     def load_student(self, path: str, weight: float = 1.0) -> FewStepPipeline:
         """A student's LoRA (file, folder, run's folder or hub id) at ``weight``, with its record; returns the pipeline.
 
-        Raises UserError when it is no LoRA that fits, or records no sampler."""
+        Raises UserError when it is no LoRA that fits this base, or records no sampler."""
         record = find_record(path)
         if record is None:
             raise UserError(f"'{path}' records no few-step sampler; is it a student that diffalign distilled?")
+        record.check_base(self.scheduler.config, path)
         stock = self.stock
         load_lora(stock, find_lora(path), ADAPTER)
         stock.set_adapters([ADAPTER], [weight])

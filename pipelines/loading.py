@@ -102,6 +102,8 @@ def open_pipeline(
     if recipe.loras:
         hashes["loras"] = " ".join(fuse_loras(pipeline, recipe.loras))
     if file:
+        if record:
+            record.check_base(folder.scheduler, str(lora))
         load_lora(pipeline, file, ADAPTER)
         pipeline.set_adapters([ADAPTER], [lora_scale])
         hashes["lora"] = hash_file(file)

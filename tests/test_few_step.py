@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from functools import partial
 from pathlib import Path
@@ -198,7 +200,7 @@ def test_diversity_distillation_hands_over_at_the_students_own_time(base: Path, 
     plain = DiffusionPipeline.from_pretrained(base)
     plain.scheduler = DPMSolverMultistepScheduler.from_config(RECORDS["tdm"].config)
     assert np.abs(draw(plain, num_inference_steps=5, guidance_scale=7.0) - whole).max() < 1e-5
-    parts = [draw(pipe, base_first=k, base_steps=5) for k in (1, 2, 3)]
+    parts = [draw(pipe, base_first=k, base_steps=5) for k in (1, 3)]
     assert all(np.abs(a - b).max() > 1e-3 for a, b in zip([alone, *parts], [*parts, whole], strict=True))
     # the adapters are back, and the same noise gives the same pictures
     assert np.array_equal(draw(pipe), alone)
@@ -206,7 +208,7 @@ def test_diversity_distillation_hands_over_at_the_students_own_time(base: Path, 
     even = student_record(SD_SCHEDULE, TIMES, renoise=False)
     same = FewStepPipeline.of(DiffusionPipeline.from_pretrained(base), even)
     same.register_modules(base_unet=same.unet)
-    for split in (1, 2, 4):
+    for split in (1, 4):
         mixed = draw(same, base_first=split, base_steps=4, base_guidance=1.0)
         assert np.abs(mixed - draw(same)).max() < 1e-5
     merged = FewStepPipeline.of(DiffusionPipeline.from_pretrained(base), even)
@@ -236,6 +238,19 @@ def test_the_first_noise_is_scaled_once(tiny_model_folder: Path, tmp_path: Path)
         output = pipe.unet(noise, 999, encoder_hidden_states=text).sample
     x0, eps = denoiser.to_x0(output, noise, 999), denoiser.to_eps(output, noise, 999)
     torch.testing.assert_close(seen[1], denoiser.add_noise(x0, eps, 468), rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_of_another_prediction_type_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """Its LoRA would load, and draw noise: by the pipeline and by `sample`."""
+    shutil.copytree(tiny_model_folder, tmp_path / "v")
+    file = tmp_path / "v" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": "v_prediction"}))
+    lora = student(tiny_model_folder, tmp_path / "s", RECORDS["tdm"])
+    with pytest.raises(UserError, match="of prediction epsilon and this base has v_prediction"):
+        opened(tmp_path / "v").load_student(str(lora))
+    with pytest.raises(UserError, match="base that it was made for"):
+        sample(SampleSpec(str(tmp_path / "v"), str(lora)), [Prompt("p", "p")], tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_record_is_said(tiny_model_folder: Path, tmp_path: Path) -> None:

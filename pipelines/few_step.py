@@ -94,7 +94,7 @@ class FewStepPipeline(DiffusionPipeline):
         """From an opened pipeline, which shares its networks, and a record."""
         names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "text_encoder_2", "tokenizer_2")
         zeros = bool(pipe.config.get("force_zeros_for_empty_prompt", True))
-        parts = {name: getattr(pipe, name, None) for name in names}
+        parts: dict[str, Any] = {name: getattr(pipe, name, None) for name in names}
         made = cls(**parts, base_unet=base_unet, force_zeros_for_empty_prompt=zeros)
         made.record = record
         return made

@@ -130,5 +130,5 @@ class DistillationDPO(ScoreDistill[DistillationDPOConfig]):
 def _choose(chosen: Tensor, a: Sample, b: Sample) -> Sample:
     """Row by row from ``a`` where ``chosen`` (B,), else from ``b``."""
     mask = chosen.reshape(-1, 1, 1, 1)
-    picked = {name: torch.where(mask, getattr(a, name), getattr(b, name)) for name in ("x", "x_in", "output")}
-    return replace(a, **picked)
+    x, x_in, output = (torch.where(mask, *both) for both in ((a.x, b.x), (a.x_in, b.x_in), (a.output, b.output)))
+    return replace(a, x=x, x_in=x_in, output=output)

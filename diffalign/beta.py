@@ -1,7 +1,8 @@
 """``train --suggest-beta``: how large the sigmoid's argument will be, from a short probe, before a run is paid for.
 
 At the start student and base are one network: Delta = (m_w - m_l) - (r_w - r_l) is 0 for every pair, and nothing about
-the base alone says how large it will get. But for every method whose logit is u = -(beta/2) Delta (times a constant):
+the base alone says how large it will get. But for Diffusion-DPO and its kin, whose logit is u = -(beta/2) Delta (times
+a constant) at forward-noised pairs:
 
 * while |u| is small the gradient is beta/4 (grad m_w - grad m_l), and Adam, Adafactor and clipping by norm divide its
   length out again: the first steps are the same for every beta;
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 WARM, PATIENT, LONGEST, EVERY = 16, 48, 96, 8
 PHASE = "probe"  # keys the draws of the probe's pairs
+# what the probe measures with: a method with one of its own (inversions, lists, users) is not what it would see
+SHARED = ("noise", "errors", "measure", "loss")
 DRAWS = 4
 FACTORS = (0.01, 0.1, 1 / 3, 1.0, 3.0, 10.0, 100.0)
 
@@ -113,10 +116,18 @@ class BetaAdvice:
 def suggest_beta(recipe: Recipe, say: Callable[[str], None] = lambda text: None) -> BetaAdvice:
     """Probe a recipe's model, pairs, optimiser and learning rate; writes nothing but the shared latent cache.
 
-    Raises UserError for methods whose beta does not scale a preference logit, and under a launcher."""
+    Raises UserError for methods whose beta does not scale a preference logit, or that come to their errors in a way of
+    their own, and under a launcher."""
     method = make_method_of(recipe)
     beta = getattr(method.config, "beta", None)
-    if not isinstance(method, PairMethod) or not method.needs.reference or beta is None or not _scales(method):
+    if not isinstance(method, PairMethod) or not method.needs.reference or beta is None:
+        raise UserError(f"--suggest-beta: method '{recipe.method.name}' has no beta that scales a preference logit")
+    if any(getattr(type(method), hook) is not getattr(PairMethod, hook) for hook in SHARED):
+        raise UserError(
+            f"--suggest-beta: the probe noises pairs as Diffusion-DPO does, and method '{recipe.method.name}' has its "
+            "own way to its errors; set method.beta by the paper, and watch logit_abs in the log"
+        )
+    if not _scales(method):
         raise UserError(f"--suggest-beta: method '{recipe.method.name}' has no beta that scales a preference logit")
     parts = build(_probing(recipe), say)
     if parts.accelerator.num_processes > 1:

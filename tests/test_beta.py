@@ -69,6 +69,9 @@ def test_methods_without_such_a_beta_are_refused(tiny_model_folder: Path, tmp_pa
     for method in ("mapo", "sft"):
         with pytest.raises(UserError, match=f"method '{method}' has no beta"):
             suggest_beta(load_recipe(f"tiny/{method}", rest))
+    for method in ("inpo", "smpo", "inversion_dpo", "dspo", "capo", "ppd"):
+        with pytest.raises(UserError, match=f"method '{method}' has its own way to its errors"):
+            suggest_beta(load_recipe(f"tiny/{method}", rest))
     assert not (tmp_path / "run").exists()
 
 

@@ -100,6 +100,18 @@ def test_scores_stand_before_the_datas_own_and_min_gap_reads_them(
     assert one.cache.values("score").tolist() == pytest.approx(scores_of(free)["chosen_score"])
 
 
+def test_scores_do_not_depend_on_the_batch(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """A scorer that weighs what all prompts share takes all of the data's, not those of a batch."""
+    data, own = write_pairs(tmp_path / "pairs", 6), write_tiny_clip(tmp_path / "clip")
+    changes = {"data__scorer": f"segments_reweighted={own}", "data__cache": "false", "validate__pairs": 0}
+    found = [
+        build(recipe_of(tiny_model_folder, data, tmp_path / "run", data__encode_batch=n, **changes), lambda text: None)
+        for n in (2, 6)
+    ]
+    for name, values in scores_of(found[0]).items():
+        assert values == pytest.approx(scores_of(found[1])[name], abs=1e-3), name
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [

@@ -30,7 +30,7 @@ from .scan import KEEP_FROM
 from .table import Table
 
 Progress = Callable[[int, int], None]
-CODE = "1"  # raised whenever the same data would give other rows
+CODE = "2"  # raised whenever the same data would give other rows
 PAIR_COLUMNS = {"chosen", "jpg_0", "chosen_file_name"}
 # What does not decide which rows there are.
 APART = {"resolution", "buckets", "crop", "flip", "caption_dropout", "cache", "cache_dir", "latents", "posterior"}

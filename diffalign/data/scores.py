@@ -71,8 +71,9 @@ def score_rows(
     from ..eval.scorers import load_scorer
 
     scorer = load_scorer(recipe.scorer, device=device)
-    for prompts in cache.rows.distinct_prompts():
-        scorer.check_prompts(prompts)
+    texts = [text for part in cache.rows.distinct_prompts() for text in part]
+    scorer.check_prompts(texts)
+    scorer.plan_texts(texts)  # a reweighted scorer weighs all prompts of the data, whatever batch they come in
     note = f" (in the place of the data's own {COLUMNS[sides[0]]})" if COLUMNS[sides[0]] in cache.rows.columns else ""
     say(f"scores by {scorer.name}, {scorer.fingerprint_id}{note}")
     with ThreadPoolExecutor(workers(), "score") as pool:

@@ -79,7 +79,7 @@ def test_the_gan_tells_real_from_made_and_leads_the_student() -> None:
     sample = method.generate(ctx, batch)
     logits = [method.judge(ctx, batch, x, sample.cond) for x in (batch.latents["image"], sample.x)]
     assert bool((logits[0] > logits[1]).all())
-    (slope,) = torch.autograd.grad(gan_student_loss(logits[1]).sum(), sample.x)
+    (slope,) = torch.autograd.grad(method.student_term(ctx, batch, sample).sum(), sample.x)
     assert float((slope * (batch.latents["image"] - sample.x).detach()).sum()) < 0
 
 

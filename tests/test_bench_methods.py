@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,15 @@ def test_what_is_there_is_not_run_again(done: Plan, monkeypatch: pytest.MonkeyPa
         with pytest.raises(methods.Interrupted):
             measure_methods(replace(done, **change))
     assert started == ["dpo-1", "dpo-0", "dpo-0"], "base is judged once"
+
+
+def test_results_of_earlier_code_are_marked(done: Plan, tmp_path: Path) -> None:
+    shutil.copytree(done.out / "results", tmp_path / "results")
+    (file,) = (tmp_path / "results").glob("dpo-0-*.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"code": "another"}))
+    report = measure_methods(replace(done, out=tmp_path, shown=True))
+    assert [row.why.endswith("made by earlier code") for row in report.rows] == [False, True]
+    assert "made by earlier code" in report.markdown()
 
 
 def test_a_method_that_fails_is_a_row(done: Plan) -> None:
@@ -235,6 +245,10 @@ def test_the_rule_part_by_part() -> None:
     assert decide([0.04, 0.05, 0.06], good, zero, 0, 0)[0] == "not learning"
     assert decide([0.04, 0.05, 0.06], good, None, 0, 0) == ("open", "shuffled labels were not run")
     assert decide([0.04], good, good, 0, 0) == ("open", "1 of 3 seeds")
+    assert decide([0.04, 0.05, 0.06], good, good, 0, 0, prompts=150) == ("open", "150 of 200 prompts")
+    alone = decide([0.04, 0.05, 0.06], good, good, 0, 0, controls=1)
+    assert alone == ("open", "1 of 3 seeds with shuffled labels beside them")
+    assert decide([0.04, 0.05, -0.06], good, good, 0, 0, prompts=150)[0] == "not learning"
 
 
 def test_a_job_ends_with_the_process_that_waits_for_it() -> None:

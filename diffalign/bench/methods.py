@@ -202,9 +202,9 @@ def collect(entries: Sequence[Entry], jobs: dict[str, list[Job]], failed: dict[s
             row.verdict, row.why = "not run", entry.note
         if not is_asked(entry, plan.only) and not results[entry.name]:
             continue
-        if of and any(r["code"] != of[0].code for r in results[entry.name]):
-            row.note = "made by earlier code"
         rows.append(fill(row, results[entry.name], base, results["shuffled"]))
+        if of and any(r["code"] != of[0].code for r in results[entry.name]):
+            row.why = "; ".join(filter(None, (row.why, "made by earlier code")))
         done = [job for job in of if Path(job.result).is_file()]
         if done:
             pictures[entry.name] = Path(done[0].folder) / "held"

@@ -14,7 +14,7 @@ import numpy as np
 from ..eval.stats import bootstrap, paired
 from .judge import HELD_OUT, IN_LOOP, PRIMARY
 
-SEEDS_ASKED = 3
+SEEDS_ASKED, PROMPTS_ASKED = 3, 200
 GUARD = 0.03  # what shapes and diversity of single objects may lose
 Word = Literal["learning", "learning, at a cost", "not learning", "open", "control", "base", "failed", "not run", ""]
 Kind = Literal["base", "control", "method"]
@@ -84,13 +84,14 @@ def decide(
     over_shuffled: Estimate | None,
     shapes: float,
     diversity: float,
-    asked: int = SEEDS_ASKED,
+    prompts: int = PROMPTS_ASKED,
+    controls: int = SEEDS_ASKED,
 ) -> tuple[Word, str]:
     """(verdict, reason) of a preference method.
 
     Learning: every seed gains, and the pooled interval lies above the base and above shuffled labels. At a cost: it
-    learns, and shapes or diversity of single objects fell by more than 0.03. Open: too few seeds, or no control to
-    compare with, so that the rule cannot be put."""
+    learns, and shapes or diversity of single objects fell by more than 0.03. Open: too few seeds or prompts, or too few
+    seeds of the control (``controls``) to compare with, so that the rule cannot be put."""
     against: list[str] = []
     if min(gains) <= 0:
         against.append(f"{sum(g <= 0 for g in gains)} of {len(gains)} seeds do not gain")
@@ -103,8 +104,10 @@ def decide(
         return "not learning", "; ".join(against)
     if over_shuffled is None:
         return "open", "shuffled labels were not run"
-    if len(gains) < asked:
-        return "open", f"{len(gains)} of {asked} seeds"
+    found = ((len(gains), SEEDS_ASKED, "seeds"), (controls, SEEDS_ASKED, "seeds with shuffled labels beside them"))
+    for count, asked, what in (*found, (prompts, PROMPTS_ASKED, "prompts")):
+        if count < asked:
+            return "open", f"{count} of {asked} {what}"
     lost = [f"{name} {v:+.3f}" for name, v in (("shapes", shapes), ("diversity", diversity)) if v < -GUARD]
     return ("learning, at a cost", ", ".join(lost)) if lost else ("learning", "")
 
@@ -156,7 +159,9 @@ def fill(
         row.verdict = "control"
     elif row.group == "preference":
         gains = [estimate.value for estimate in row.by_seed]
-        row.verdict, row.why = decide(gains, row.gain, row.over_shuffled, row.shapes, row.diversity)
+        row.verdict, row.why = decide(
+            gains, row.gain, row.over_shuffled, row.shapes, row.diversity, len(right), len(both)
+        )
     else:
         row.why = "the rule is for preference methods"
     if row.failed:

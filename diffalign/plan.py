@@ -32,6 +32,7 @@ from .setup import (
     build_roles,
     check_groups,
     check_rewards,
+    check_rows,
     check_texts,
     count_long_prompts,
     load_base,
@@ -185,6 +186,7 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
         torch.bfloat16 if card and recipe.train.precision == "auto" else autocast_dtype(recipe.train.precision, device)
     )
     method.check(model.denoiser())
+    check_rows(method, recipe, rows)
     networks = {"unet": model.unet, **dict(zip(encoder_names(model), model.encoders(), strict=True))}
     parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     check_groups(recipe, method, world)

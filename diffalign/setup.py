@@ -214,24 +214,35 @@ def count_long_prompts(rows: Rows, model: Model) -> tuple[int, int]:
     return cut, distinct
 
 
+def check_columns(method: Method[Any], name: str, count: int, values: Callable[[str], np.ndarray]) -> None:
+    """Raises UserError when one of ``count`` rows has no value in a column that the method needs."""
+    for column in method.needs.columns:
+        absent = int(np.isnan(values(column)).sum())
+        if absent:
+            raise UserError(
+                f"method '{name}' needs {' and '.join(method.needs.columns)} in every row; {absent} of {count} "
+                f"rows have no {column}: write scores into the data with `diffalign pairs score`, or set data.scorer"
+            )
+
+
+def check_rows(method: Method[Any], recipe: Recipe, rows: Rows) -> None:
+    """``check_columns`` of rows that are read and not encoded, where ``data.scorer`` is not to give the scores."""
+
+    def values(name: str) -> np.ndarray:
+        return rows.values(name) if name in rows.columns else np.full(len(rows), math.nan)
+
+    if recipe.data.scorer is None:
+        check_columns(method, recipe.method.name, len(rows), values)
+
+
 def fit_columns(method: Method[Any], name: str, cache: LatentCache, training: np.ndarray) -> None:
     """Shows a method the columns that it needs, those of the training rows; of ranked lists all scores, with NaN where
     a list is shorter.
 
     Raises UserError when a row has no value in one of them."""
-    columns = {}
-    if method.needs.batch == "ranked":
-        columns = {name: torch.from_numpy(cache.values(name)[training]) for name in cache.rows.numbers}
-    for column in method.needs.columns:
-        values = cache.values(column)
-        absent = int(np.isnan(values).sum())
-        if absent:
-            raise UserError(
-                f"method '{name}' needs {' and '.join(method.needs.columns)} in every row; {absent} of {len(cache)} "
-                f"rows have no {column}: write scores into the data with `diffalign pairs score`, or set data.scorer"
-            )
-        columns[column] = torch.from_numpy(values[training])
-    method.fit(columns)
+    check_columns(method, name, len(cache), cache.values)
+    names = cache.rows.numbers if method.needs.batch == "ranked" else method.needs.columns
+    method.fit({column: torch.from_numpy(cache.values(column)[training]) for column in names})
 
 
 def rows_for(recipe: Recipe, method: Method[Any]) -> tuple[Rows | Stream, Report]:
@@ -331,6 +342,8 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     model, dtype = load_base(recipe, device)
     method.check(model.denoiser())
     check_students(method, recipe, model)
+    if not isinstance(rows, Stream):
+        check_rows(method, recipe, rows)
     cache = open_cache(
         rows,
         model,

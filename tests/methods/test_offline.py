@@ -408,10 +408,14 @@ def test_smpo_trains_on_scores_and_refuses_rows_without(tiny_model_folder: Path,
         if scored:
             assert train(recipe, progress=False).step == 2
         else:
-            with pytest.raises(
-                UserError, match=r"needs chosen_score and rejected_score in every row; 1 of .*`diffalign pairs score`"
-            ):
-                train(recipe, progress=False)
+            recipe.data.cache_dir = str(tmp_path / "none")
+            for use in (make_plan, train):
+                with pytest.raises(
+                    UserError,
+                    match=r"needs chosen_score and rejected_score in every row; 1 of .*`diffalign pairs score`",
+                ):
+                    use(recipe)
+            assert not list((tmp_path / "none").rglob("*.safetensors")), "refused before anything is encoded"
 
 
 @pytest.mark.parametrize("name", ["inpo", "smpo", "inversion_dpo"])

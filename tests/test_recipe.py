@@ -126,6 +126,7 @@ SHEET: dict[str, dict[str, Any]] = {
     # section 9: the paper's batch and steps; the rest is ours
     "sdxl/rankdpo": {"method.name": "rankdpo", "train.batch": 1024, "train.steps": 400, "method.normalize": "pairs"},
     "sd15/dspo": {**SHARED, **LAUNCHER, "method.name": "dspo", "method.beta": 0.001, "train.steps": 1000},
+    "sdxl/dspo": {**SHARED, **LAUNCHER, **XL, "method.form": "sdxl", "method.beta": 5000, "train.steps": 700},
     # sheet 13 and the launcher it was read from; "smooth" restarts: 10 times 500 steps
     **{
         name: {**SHARED, "method.name": "softrepa", "method.group": 4, "method.tokens": 4, "method.where": where}

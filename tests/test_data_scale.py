@@ -364,6 +364,7 @@ class Shaped:
 
     def __init__(self, n: int = 30) -> None:
         self.ids = [f"row-{i}" for i in range(n)]
+        self.prompts = self.ids
         self.places = np.random.default_rng(2).choice(3, n).astype(np.uint16)
         self.embeds = keyed.normal((n, 5, 16), 3, "text")
 

@@ -311,6 +311,7 @@ def count_calls(trainer: Trainer, visits: int) -> dict[str, float]:
     for visit in range(visits):
         batch = trainer.source.load([0, 1, 2, 3], [visit] * 4)
         with torch.no_grad():
+            trainer.ctx.stats = trainer.statistics([batch])
             trainer.method.loss(trainer.ctx, batch, trainer.method.phases[0])
     for hook in hooks:
         hook.remove()
@@ -322,7 +323,7 @@ def test_planned_calls_are_those_that_are_made(method: Method[Any]) -> None:
     made = count_calls(make_trainer(method), 6)
     roles = roles_of("tiny", False, False, method.needs.reference, "meta")
     used = simulate_phase(
-        method, roles, method.phases[0], Shapes((4, 8, 8), 5, 16), 4, Denoiser.from_config(SD_SCHEDULE)
+        method, roles, method.phases[0], Shapes((4, 8, 8), 5, 16, longest=4), 4, Denoiser.from_config(SD_SCHEDULE)
     )
     # paths that end at drawn times are counted for times that lie evenly
     assert used.whole and used.calls == {role: pytest.approx(count, rel=0.15) for role, count in made.items()}

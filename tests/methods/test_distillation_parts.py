@@ -145,7 +145,7 @@ def test_a_real_ratio_weighs_the_samples() -> None:
     torch.testing.assert_close(found["step"].weights, ratio)
     torch.testing.assert_close(found["none"].values, ratio * found["step"].values)
     torch.testing.assert_close(found["bins"].metrics["ratio"], ratio / (ratio.mean() + 1e-6))
-    assert "is DMD2" in make_method("f_distill", {"ratio_bins": 10}).notes()[0]
+    assert "is DMD2" in make_method("f_distill", {"ratio_bins": 10}).notes()[-1]
 
 
 class Slope(nn.Module):

@@ -411,7 +411,7 @@ class Denoiser:
             times = levels if convention == "target" else left
         mask = torch.ones(len(x), levels.shape[1], dtype=torch.bool) if mask is None else mask
         idle = ~mask.any(0) if mask.device.type == "cpu" else torch.zeros(levels.shape[1], dtype=torch.bool)
-        on_device = [a.expand(len(x), -1).to(x.device) for a in (left, levels, times, mask)]
+        on_device = [a.expand(len(x), -1).to(x.device, non_blocking=True) for a in (left, levels, times, mask)]
         for k in range(levels.shape[1]):
             if idle[k]:
                 continue

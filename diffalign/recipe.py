@@ -133,8 +133,9 @@ class GuardsRecipe(Section):
 
 
 class TrainRecipe(Section):
-    """The loop. ``batch`` is the number of pairs of one optimiser step over all processes and micro-batches. ``period``:
-    steps after which a linear or cosine schedule starts again; null: it spans the run."""
+    """The loop. ``batch`` is the number of pairs of one optimiser step over all processes and micro-batches.
+
+    ``period``: steps after which a linear or cosine schedule starts again; null: it spans the run."""
 
     steps: Positive = 1000
     batch: Positive = 16

@@ -30,10 +30,8 @@ def check_reference(recipe: Recipe, method: Method[Any]) -> PairMethod[Any]:
         raise UserError(f"{key}: method '{recipe.method.name}' compares no pair with the base; set it to null")
     if recipe.data.curriculum is not None:
         raise UserError(f"{key}: the visits of a curriculum are not known ahead; set it to null")
-    own = [
-        hook for hook in ("noise", "draw", "errors", "measure") if getattr(type(method), hook) is not getattr(PairMethod, hook)
-    ]
-    if own:
+    hooks = ("noise", "draw", "errors", "measure")
+    if any(getattr(type(method), hook) is not getattr(PairMethod, hook) for hook in hooks):
         raise UserError(f"{key}: method '{recipe.method.name}' has its own way to the base's errors; set it to null")
     return method
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import RunError
 from ..eval.looks import look
 from ..eval.prompts import Prompt, read_prompts
 from ..eval.rows import read_rows
@@ -71,7 +72,9 @@ def judge(model: str, folder: Path, prompts: int | None = None, scorers: tuple[s
     score_images(place, None, loaded, place / "scores.jsonl", progress=False)
     values: dict[str, dict[str, float]] = {name: {} for name in scorers}
     for row in read_rows(place / "scores.jsonl"):
-        values[row.scorer][row.id] = float(row.value or 0.0)
+        if row.value is None:
+            raise RunError(f"{row.scorer} has no score for {row.id}: {row.image} cannot be read; remove '{place}'")
+        values[row.scorer][row.id] = float(row.value)
     ids = [p.id for p in held]
 
     place = drawn("single", single, SINGLE_SEED, PER_SINGLE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
@@ -177,3 +177,8 @@ def metric_sums(loss: Loss) -> Mapping[str, tuple[Tensor, Tensor]]:
         share = share.detach().float() * weights
         sums[name] = ((value.detach().float() * share).sum(), share.sum())
     return sums
+
+
+def on_device(values: Sequence[int] | Sequence[float], device: torch.device) -> Tensor:
+    """Numbers that were worked out on the CPU; the copy does not wait."""
+    return torch.tensor(values, device="cpu").to(device, non_blocking=True)

@@ -87,7 +87,7 @@ class InvertedPair(PairMethod[I], Generic[I]):
         if config.eta:
             shape = (2, mask.shape[1], *x0.shape[1:])  # winner's and loser's are independent
             drawn = torch.stack([torch.from_numpy(rng.standard_normal(shape, dtype="float32")) for rng in rngs], 1)
-            noises = list(drawn.flatten(0, 1).to(x0.device).unbind(1))
+            noises = list(drawn.flatten(0, 1).to(x0.device, non_blocking=True).unbind(1))
         role = "student" if config.inverter == "policy" else "base"
         x_t = denoiser.invert(
             lambda x, s: ctx.model(role, x, s, cond, config.guidance),
@@ -102,5 +102,5 @@ class InvertedPair(PairMethod[I], Generic[I]):
             eta=config.eta,
             noises=noises,
         )
-        t = t.to(x0.device)
+        t = t.to(x0.device, non_blocking=True)
         return Noised(x_t, t, denoiser.target_from_xt(x0, x_t, t), cond)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Cond
 from ..facts import SamplingRecord, student_record
-from .base import Loss, Method, MethodConfig, Needs, Phase
+from .base import Loss, Method, MethodConfig, Needs, Phase, on_device
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -332,8 +332,3 @@ class ScoreDistill(Method[D], Generic[D]):
 def gap(x: Tensor, y_fake: Tensor, y_real: Tensor) -> Tensor:
     """How far apart the scores are, beside how far the teacher's is from x: a ratio (B,), for the curves."""
     return (y_fake - y_real).abs().mean((1, 2, 3)) / (x - y_real).abs().mean((1, 2, 3)).clamp_min(1e-12)
-
-
-def on_device(values: Sequence[int] | Sequence[float], device: torch.device) -> Tensor:
-    """Numbers that were worked out on the CPU; the copy does not wait."""
-    return torch.tensor(values, device="cpu").to(device, non_blocking=True)

@@ -183,6 +183,12 @@ def test_a_padded_list_is_the_list_without_padding() -> None:
     assert student.grad is not None and bool(torch.isfinite(student.grad).all()) and not student.grad[:, 3].any()
 
 
+def test_rankdpo_fits_lists_that_carry_other_scores_too() -> None:
+    method = make_method("rankdpo", {})
+    method.fit({"score_1": t64(0, 0.5), "other_0": t64(7, 7), "score_0": t64(1, 1), "other_1": t64(7, 7)})
+    assert method.needs.draws == ("noise", "noise_1")
+
+
 def test_rankdpo_of_two_under_shared_noise_is_dpo() -> None:
     """On the networks: the same pictures, t and noise as a pair and as a list of two."""
     options = {"beta": 100.0, "shared_noise": True, "normalize": "weights"}

@@ -261,6 +261,8 @@ def test_inversion_dpo_moves_from_the_start_only_in_the_target_form() -> None:
     assert sizes["path"] == 0.0 and sizes["target"] > 1e-4
     with pytest.raises(ValidationError, match="sign=1 is the released"):
         make_method("inversion_dpo", {"sign": 1})
+    with pytest.raises(ValidationError, match="safeguard has no form"):
+        make_method("inversion_dpo", {"safeguard": 0.5})
 
 
 def test_recomputed_path_gives_the_gradient_of_the_held_one(monkeypatch: pytest.MonkeyPatch) -> None:

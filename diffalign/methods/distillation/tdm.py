@@ -10,8 +10,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ..base import Loss, Paper
-from ..score_distill import DistillConfig, Sample, ScoreDistill, Share, Time, Window, gap, on_device
+from ..base import Loss, Paper, on_device
+from ..score_distill import DistillConfig, Sample, ScoreDistill, Share, Time, Window, gap
 
 if TYPE_CHECKING:
     from ...context import Context

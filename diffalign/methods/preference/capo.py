@@ -93,7 +93,7 @@ class CaPO(PairMethod[CaPOConfig]):
         upper, lower = frontiers(worth)
         count = worth.shape[2]
         chances = np.stack([rng.random(count, dtype=np.float32) for rng in ctx.rng("pair", batch)])
-        chance = torch.from_numpy(chances).to(worth.device)
+        chance = torch.from_numpy(chances).to(worth.device, non_blocking=True)
         rows = torch.arange(len(batch), device=worth.device)
         places = {
             "chosen": torch.where(upper, chance, -1.0).argmax(1),

@@ -39,6 +39,12 @@ class InversionDPOConfig(PairConfig):
             raise ValueError("sign=1 is the released code's, which has form=path; set both or neither")
         return self
 
+    @model_validator(mode="after")
+    def _no_safeguard(self) -> InversionDPOConfig:
+        if self.safeguard is not None:
+            raise ValueError("the safeguard has no form for errors that are summed along a path; leave it at null")
+        return self
+
 
 class InversionDPO(PairMethod[InversionDPOConfig]):
     """DPO summed along the base's own inversion path of each picture, without random noise or times.

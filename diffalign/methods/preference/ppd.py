@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...data.batch import Cond
 from ...errors import UserError
 from ...families.users import USER, UserAttention, cross_attentions, unit
-from ..base import Paper
+from ..base import Paper, on_device
 from ..pair import Noised
 from .dpo import DPO, DPOConfig
 
@@ -109,10 +109,10 @@ class PPD(DPO):
     def user(self, ctx: Context, batch: Batch) -> Tensor:
         """The users' numbers (B, 1) as `UserAttention` counts them: 0 where dropped, or where a row names none."""
         coins = [generator.random() < self.config.user_dropout for generator in ctx.rng(USER, batch)]
-        dropped = torch.tensor(coins, device=ctx.device)
+        dropped = on_device(coins, ctx.device)
         named = batch.columns.get(USER)
         index = torch.zeros(len(batch), device=ctx.device) if named is None else named.nan_to_num(nan=-1.0)
-        return self._numbers.to(ctx.device)[index.long() + 1].masked_fill(dropped, 0)[:, None]
+        return self._numbers.to(ctx.device, non_blocking=True)[index.long() + 1].masked_fill(dropped, 0)[:, None]
 
     def noise(self, ctx: Context, batch: Batch) -> Noised:
         """As DPO's, told whose pair it is."""

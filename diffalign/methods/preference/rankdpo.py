@@ -110,7 +110,8 @@ class RankDPO(Method[RankDPOConfig]):
 
     def fit(self, columns: Mapping[str, Tensor]) -> None:
         """Tells the loader how many noises a list takes. Raises UserError for scores that are not phi."""
-        scores = torch.stack([values for _, values in sorted(columns.items(), key=lambda c: int(c[0][6:]))], 1)
+        places = sorted(int(name.removeprefix("score_")) for name in columns if name.startswith("score_"))
+        scores = torch.stack([columns[f"score_{place}"] for place in places], 1)
         low, high = scores.nan_to_num(torch.inf).min().item(), scores.nan_to_num(-torch.inf).max().item()
         if self.config.scores == "given" and not 0 <= low <= high <= 1:
             raise UserError(

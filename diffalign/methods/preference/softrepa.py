@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...families.extras import SoftTokens, blocks
-from ..base import Loss, Method, MethodConfig, Needs, Paper, Phase
+from ..base import Loss, Method, MethodConfig, Needs, Paper, Phase, on_device
 
 if TYPE_CHECKING:
     from ...context import Context
@@ -117,8 +117,8 @@ class SoftREPA(Method[SoftREPAConfig]):
         """Contrast of each row within its group; one student call of every image under every text of its group."""
         t, noise = ctx.draw(batch)
         places, leaders = combinations(batch.ids, batch.visits, self.group)
-        image, text, column = (torch.tensor(part, device=ctx.device) for part in places)
-        lead = torch.tensor(leaders, device=ctx.device)
+        image, text, column = (on_device(part, ctx.device) for part in places)
+        lead = on_device(leaders, ctx.device)
         t, noise = t[lead][image], noise[lead][image]
         x0, cond = batch.latents["image"][image], batch.cond["prompt"].take(text)
         if cond.added:

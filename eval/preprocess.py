@@ -12,6 +12,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
@@ -42,6 +43,10 @@ class Pixels(Protocol):
     def tensor(self, images: torch.Tensor) -> torch.Tensor: ...
 
 
+# a picture that is opened once and listed twice must not be read by two threads
+LOADING = Lock()
+
+
 @dataclass(frozen=True)
 class Decoded:
     """An upright RGB picture, and what had to be done to get it (``alpha``: laid on white; ``rotated``: EXIF)."""
@@ -56,6 +61,8 @@ def decode(source: bytes | str | Path | Image.Image) -> Decoded:
     Raises OSError (PIL's UnidentifiedImageError included) when it cannot be read whole."""
     if isinstance(source, Image.Image):
         image = source
+        with LOADING:
+            image.load()
     else:
         image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     flags: list[str] = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from eval_tiny import golden, write_samples, write_tiny_clip
 from PIL import Image
 
 from diffalign.errors import UserError
-from diffalign.eval.preprocess import P1
+from diffalign.eval.preprocess import P1, decode
 from diffalign.eval.sets import list_sets, load_set
 from diffalign.eval.sets.cmmd import Square, cmmd
 from diffalign.eval.sets.diversity import pairwise_diversity, vendi_score
@@ -137,6 +139,16 @@ def test_diversity_identities() -> None:
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+def test_a_picture_that_is_opened_once_is_read_by_many_threads() -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    for _ in range(20):  # without the lock nearly every round fails
+        opened = Image.open(io.BytesIO(file.getvalue()))
+        with ThreadPoolExecutor(8) as pool:
+            assert all(np.array_equal(found.image, noise) for found in pool.map(decode, [opened] * 16))
 
 
 def test_diversity_of_a_folder(clip: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 BATCH = 5  # odd: 2 rows on one rank, 3 on the other
 
-# Builds the run as `train` does and writes down what this rank sees of two batches, and how its weights begin.
+# Builds each run as `train` does and writes down what this rank sees of two batches, and how its weights begin.
 LOOK = """
 import json, sys
 from diffalign.recipe import load_recipe
@@ -26,9 +26,10 @@ def watch(session):
     ids = [[name for part in trainer._load(draw) for name in part.ids] for draw in (0, 1)]
     norm = sum(float(p.double().square().sum()) for p in trainer.roles.parameters("student"))
     facts = {"rank": trainer.rank, "world": trainer.world, "ids": ids, "norm": norm, "shown": session.console.shown}
-    with open(f"{sys.argv[1]}/{trainer.rank}.json", "w") as file:
+    with open(f"{sys.argv[1]}/{session.recipe.method.name}-{trainer.rank}.json", "w") as file:
         json.dump(facts, file)
-train(load_recipe(sys.argv[2], sys.argv[3:]), watch=watch)
+for name, *overrides in json.loads(sys.argv[2]):
+    train(load_recipe(name, overrides), watch=watch)
 """
 
 
@@ -83,21 +84,41 @@ def options(tiny_model_folder: Path, place: Path) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
+def coupled(options: dict[str, object]) -> dict[str, dict[str, object]]:
+    """Settings of the methods whose samples enter each other's loss, in micro-batches and with weights that differ:
+    KTO's Q is of the whole step, SoftREPA's groups are of one rank (one group here, two there)."""
+    few = {"train__steps": 3, "train__micro_batch": 2, "data__max_pairs": 10}
+    groups = {"method__beta": None, "method__group": 2, "method__temperature": 1.0, "train__batch": 6}
+    return {
+        "kto": options | few | {"method__positive_ratio": 0.7},
+        "softrepa": options | few | groups,
+    }
+
+
+def recipe_of(method: str, out: Path, options: dict[str, object]) -> list[str]:
+    return [f"tiny/{method}", *settings(out=out, **options)[1:]]  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
 def alone(options: dict[str, object], place: Path) -> Path:
     out = place / "alone"
-    done = diffalign("train", *settings(out=out, **options))  # type: ignore[arg-type]
+    done = diffalign("train", *recipe_of("dpo", out, options))
     assert done.status == 0, done.err
     return out
 
 
 @pytest.fixture(scope="module")
-def together(options: dict[str, object], place: Path) -> tuple[Path, list[dict], Result]:
-    """A run of two processes, and what each saw before its first step."""
+def together(
+    options: dict[str, object], coupled: dict[str, dict[str, object]], place: Path
+) -> tuple[Path, list[dict], Result]:
+    """A run of two processes, and what each saw before its first step; one start for the coupled methods too."""
     out, script = place / "together", place / "look.py"
     script.write_text(LOOK)
-    done = launch(script, place, *settings(out=out, **options))  # type: ignore[arg-type]
+    runs = [recipe_of("dpo", out, options)]
+    runs += [recipe_of(name, place / f"{name}-two", more) for name, more in coupled.items()]
+    done = launch(script, place, json.dumps(runs))
     assert done.status == 0, done.err
-    return out, [json.loads((place / f"{rank}.json").read_text()) for rank in (0, 1)], done
+    return out, [json.loads((place / f"dpo-{rank}.json").read_text()) for rank in (0, 1)], done
 
 
 def close(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -137,6 +158,24 @@ def test_two_processes_give_the_trajectory_of_one(alone: Path, together: tuple[P
     assert_same_curve(alone, out)
     assert close(lora_of(alone), lora_of(out)) < 1e-5
     assert final_state(out)["step"] == 6
+
+
+@pytest.mark.parametrize("name", ["kto", "softrepa"])
+def test_coupled_methods_see_the_whole_step(
+    name: str, together: tuple[Path, list[dict], Result], coupled: dict[str, dict[str, object]], place: Path
+) -> None:
+    """What couples the samples of a step is the same on two processes: weights and every logged number."""
+    one, two = place / f"{name}-one", place / f"{name}-two"
+    done = diffalign("train", *recipe_of(name, one, coupled[name]))
+    assert done.status == 0, done.err
+    ids = [json.loads((place / f"{name}-{rank}.json").read_text())["ids"][0] for rank in (0, 1)]
+    assert sorted(map(len, ids)) == {"kto": [2, 3], "softrepa": [2, 4]}[name] and not set(ids[0]) & set(ids[1])
+    assert len(log_of(one)) == 3 and len(log_of(one, "validate")) == 2
+    assert_same_curve(one, two)
+    weights = [final_state(run)["roles"]["student"] for run in (one, two)]
+    assert close(*weights) < 1e-5
+    points = [row.get("reference_point", 1.0) for row in log_of(one)]
+    assert all(point > 0 for point in points[1:]), "a Q that is cut off at 0 tells nothing"
 
 
 def test_a_run_goes_on_with_more_processes(alone: Path, options: dict[str, object], place: Path) -> None:

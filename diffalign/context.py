@@ -15,7 +15,7 @@ from .data.batch import Batch, Cond
 from .denoiser import Denoiser, guide
 from .roles import Roles
 
-Reward = Callable[[Tensor, Sequence[str]], Tensor]
+Reward = Callable[..., Tensor]  # (images, prompts, times or None): see `Context.reward`
 
 
 def draw_noise(
@@ -97,6 +97,15 @@ class Context:
         t, noise = draw_noise(self.seed, tag, self.phase, self.repeat, batch, shape, steps)
         return t.to(self.device, non_blocking=True), noise.to(self.device, non_blocking=True)
 
+    def noise(self, tag: str, names: Sequence[str], visits: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """Standard normals (N, *shape) in fp32, keyed as ``draw``'s by the names and visits of N samples that are no
+        rows of a batch, such as those that are sampled for one."""
+        drawn = [
+            keyed.normal(shape, self.seed, tag, visit, self.phase, self.repeat, name)
+            for name, visit in zip(names, visits, strict=True)
+        ]
+        return torch.stack(drawn).to(self.device, non_blocking=True)
+
     def shape_of(self, batch: Batch) -> tuple[int, ...]:
         """(C, h, w) of the batch's latents; ``latent_shape`` where it has none."""
         return next((tuple(latents.shape[1:]) for latents in batch.latents.values()), self.latent_shape)
@@ -119,10 +128,12 @@ class Context:
             raise TypeError("ctx.decode is for methods whose needs say decode=True")
         return self.decoder(latents)
 
-    def reward(self, name: str, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def reward(self, name: str, images: Tensor, prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
         """Scores (B,) in fp32 of images (B, 3, H, W) in [0, 1] for prompts (B) (``batch.prompts``) by a scorer of the
-        eval suite; differentiable. Needs ``needs.reward``; ``name`` is one of ``Method.rewards``, without its path."""
-        return self.rewards[name](images, prompts)
+        eval suite; differentiable. Needs ``needs.reward``; ``name`` is one of ``Method.rewards``, without its path.
+
+        ``t`` (B,): times at which the images are what the denoiser believes; step-aware scorers alone look at it."""
+        return self.rewards[name](images, prompts) if t is None else self.rewards[name](images, prompts, t)
 
 
 def draw_key(tag: str, phase: str, repeat: int) -> str:

@@ -27,11 +27,11 @@ from .families.quantise import check_quantize
 from .memory import estimate
 from .recipe import ModelRecipe, Recipe
 from .reference import reference_note
+from .rewards import check_rewards
 from .setup import (
     autocast_dtype,
     build_roles,
     check_groups,
-    check_rewards,
     check_rows,
     check_texts,
     count_long_prompts,
@@ -163,6 +163,7 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
     found, report = rows_for(recipe, method)
     rows = found.gather() if isinstance(found, Stream) else found
     check_curriculum(rows, recipe.data)
+    check_rows(method, recipe, rows)
     bare = check_texts(method, recipe.method.name, rows)
     notes += [bare] if bare else []
     known = None if is_here(recipe.model) else known_by(recipe.model.path, recipe.model.family)
@@ -186,7 +187,6 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
         torch.bfloat16 if card and recipe.train.precision == "auto" else autocast_dtype(recipe.train.precision, device)
     )
     method.check(model.denoiser())
-    check_rows(method, recipe, rows)
     networks = {"unet": model.unet, **dict(zip(encoder_names(model), model.encoders(), strict=True))}
     parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     check_groups(recipe, method, world)

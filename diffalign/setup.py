@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -21,7 +21,7 @@ from peft import LoraConfig
 from torch import nn
 
 from .console import Console
-from .context import Context, Reward
+from .context import Context
 from .data.cache import LatentCache, open_cache
 from .data.curriculum import check_curriculum, curriculum_of
 from .data.files import cache_root
@@ -39,6 +39,7 @@ from .methods import make_method
 from .methods.base import Method
 from .recipe import Recipe, TrainRecipe
 from .reference import check_reference, reference_errors
+from .rewards import check_rewards, load_rewards
 from .roles import BASE, Roles
 from .shards import check_parallel, make_mesh
 from .trainer import Trainer, plan_slots
@@ -180,31 +181,6 @@ def build_roles(model: Model, method: Method[Any], recipe: Recipe, dtype: torch.
     return roles
 
 
-def check_rewards(method: Method[Any]) -> dict[str, str | None]:
-    """Name and path of each scorer that a method's ``ctx.reward`` serves. Raises UserError for unknown ones."""
-    from .eval.scorers import parse_scorers
-
-    return parse_scorers(method.rewards()) if method.needs.reward else {}
-
-
-def load_rewards(
-    method: Method[Any], device: torch.device, autocast: torch.dtype | None, prompts: Sequence[str] = ()
-) -> dict[str, Reward]:
-    """The scorers that ``ctx.reward`` serves, by name, on the device; in bf16 where that computes, else fp32 (gradients
-    of an fp16 tower vanish). ``prompts``: all that they will be asked; a text is then encoded beside the same others
-    whenever a run comes to it. Raises UserError for one without weights or gradients."""
-    from .eval.scorers import Scorer, load_scorer
-
-    found: dict[str, Reward] = {}
-    for name, path in check_rewards(method).items():
-        scorer = load_scorer(name, path, device.type, "bf16" if autocast == torch.bfloat16 else "fp32")
-        if type(scorer).reward is Scorer.reward:
-            raise UserError(f"method.reward: scorer '{name}' gives no gradients; take one of CLIP's kind")
-        scorer.plan_texts(prompts)
-        found[name] = scorer.reward
-    return found
-
-
 def count_long_prompts(rows: Rows, model: Model) -> tuple[int, int]:
     """(prompts that the text encoder cuts, different prompts)."""
     cut = distinct = 0
@@ -226,23 +202,26 @@ def check_columns(method: Method[Any], name: str, count: int, values: Callable[[
 
 
 def check_rows(method: Method[Any], recipe: Recipe, rows: Rows) -> None:
-    """``check_columns`` of rows that are read and not encoded, where ``data.scorer`` is not to give the scores."""
-
-    def values(name: str) -> np.ndarray:
-        return rows.values(name) if name in rows.columns else np.full(len(rows), math.nan)
-
+    """`fit_columns` of rows that are read and not encoded, where ``data.scorer`` is not to give the scores."""
     if recipe.data.scorer is None:
-        check_columns(method, recipe.method.name, len(rows), values)
+        training, _ = split_heldout(rows.groups, recipe.validate_.pairs, recipe.train.seed)
+        absent = np.full(len(rows), math.nan)
+        fit_columns(method, recipe, rows, training, lambda n: rows.values(n) if n in rows.columns else absent)
 
 
-def fit_columns(method: Method[Any], name: str, cache: LatentCache, training: np.ndarray) -> None:
+def fit_columns(
+    method: Method[Any], recipe: Recipe, rows: Rows, training: np.ndarray, values: Callable[[str], np.ndarray]
+) -> None:
     """Shows a method the columns that it needs, those of the training rows; of ranked lists all scores, with NaN where
     a list is shorter.
 
-    Raises UserError when a row has no value in one of them."""
-    check_columns(method, name, len(cache), cache.values)
-    names = cache.rows.numbers if method.needs.batch == "ranked" else method.needs.columns
-    method.fit({column: torch.from_numpy(cache.values(column)[training]) for column in names})
+    Raises UserError when a row has no value in one of them, and when the method cannot learn from them."""
+    check_columns(method, recipe.method.name, len(rows), values)
+    names = rows.numbers if method.needs.batch == "ranked" else method.needs.columns
+    try:
+        method.fit({column: torch.from_numpy(values(column)[training]) for column in names})
+    except UserError as error:
+        raise UserError(f"'{recipe.data.path}': {error}") from error
 
 
 def rows_for(recipe: Recipe, method: Method[Any]) -> tuple[Rows | Stream, Report]:
@@ -339,11 +318,10 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
         say(report.summary())
         check_texts(method, recipe.method.name, rows)
         check_curriculum(rows, recipe.data)
+        check_rows(method, recipe, rows)
     model, dtype = load_base(recipe, device)
     method.check(model.denoiser())
     check_students(method, recipe, model)
-    if not isinstance(rows, Stream):
-        check_rows(method, recipe, rows)
     cache = open_cache(
         rows,
         model,
@@ -370,7 +348,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     training, held = split_heldout(cache.rows.groups, recipe.validate_.pairs, recipe.train.seed)
     if recipe.data.scorer:
         training, held = apply_scorer(cache, recipe, (training, held), device, say, progress)
-    fit_columns(method, recipe.method.name, cache, training)
+    fit_columns(method, recipe, cache.rows, training, cache.values)  # of a stream, or with scores: known only now
     period = recipe.data.reference_errors
     drawn = recipe.train.batch * (plan_slots(method)[-1].fresh + 1)
     curriculum = curriculum_of(cache, training, recipe.data, drawn)

@@ -15,7 +15,7 @@ from diffalign.eval.scorers import load_scorer
 from diffalign.families import load_model
 from diffalign.methods.base import Loss, Method, MethodConfig, Needs, Paper, Phase
 from diffalign.recipe import ModelRecipe
-from diffalign.setup import check_rewards, load_rewards
+from diffalign.rewards import check_rewards, load_rewards
 
 CPU = torch.device("cpu")
 

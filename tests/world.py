@@ -23,8 +23,9 @@ from diffalign.denoiser import Denoiser
 from diffalign.methods import make_method
 from diffalign.methods.base import Loss, Method, MethodConfig, Needs, Paper, Phase
 from diffalign.recipe import TrainRecipe
+from diffalign.rewards import load_rewards
 from diffalign.roles import Roles
-from diffalign.setup import build_modules, load_rewards
+from diffalign.setup import build_modules
 from diffalign.trainer import Trainer
 
 WIDTH, TOKENS = 16, 5

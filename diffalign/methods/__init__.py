@@ -13,7 +13,7 @@ from ..errors import UserError, nearest
 if TYPE_CHECKING:
     from .base import Method, MethodConfig
 
-GROUPS = ("preference", "distillation")
+GROUPS = ("preference", "distillation", "online")
 ENTRY_POINTS = "diffalign.methods"
 
 

@@ -37,6 +37,7 @@ from ._text import load_tokenizer, openclip_clean
 
 TEXT_BATCH = 64
 MAX_CACHED = 100_000  # text embeddings kept: 400 MB at 1024 floats
+STEP_AWARE = "step_aware.safetensors"  # see `eval.spm`
 OPENCLIP_CONFIG = "open_clip_config.json"
 OPENCLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "*.safetensors", "*.pt", "*.bin")
 HOLDS = ("config.json", OPENCLIP_CONFIG)
@@ -190,7 +191,7 @@ class ClipScorer(Scorer):
         where = resolve_device(device)
         dtype_name, torch_dtype = resolve_dtype(dtype, where)
         expected = cls.expects.get(about.name)
-        towers = load_towers(source, about.name, expected, expected[3] if expected else cls.activation)
+        towers = cls.load(source, about.name, expected)
         scorer = cls(towers, where, torch_dtype, about.name)
         scorer.path = str(source)
         own = scorer.path.startswith(ASSET)
@@ -207,6 +208,16 @@ class ClipScorer(Scorer):
             "code": CODE_VERSION,
         }
         return scorer
+
+    @classmethod
+    def load(cls, source: str | Path, name: str, expected: Shape | None) -> Towers:
+        """The towers behind a path."""
+        towers = load_towers(source, name, expected, expected[3] if expected else cls.activation)
+        if any(file.name == STEP_AWARE for file in towers.files):
+            raise UserError(
+                f"'{source}' is a step-aware preference model, whose CLIP alone says little; give spm={source}"
+            )
+        return towers
 
     @classmethod
     def about(cls, name: str | None) -> About:

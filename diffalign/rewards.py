@@ -1,0 +1,45 @@
+"""The scorers of the eval suite that a method is given: by name, on its device, as functions of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .context import Reward
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .methods.base import Method
+
+
+def check_rewards(method: Method[Any]) -> dict[str, str | None]:
+    """Name and path of each scorer that a method's ``ctx.reward`` serves. Raises UserError for unknown ones."""
+    from .eval.scorers import parse_scorers
+
+    return parse_scorers(method.rewards()) if method.needs.reward else {}
+
+
+def load_rewards(
+    method: Method[Any], device: torch.device, autocast: torch.dtype | None, prompts: Sequence[str] = ()
+) -> dict[str, Reward]:
+    """The scorers that ``ctx.reward`` serves, by name, on the device; in bf16 where that computes, else fp32 (gradients
+    of an fp16 tower vanish). ``prompts``: all that they will be asked; a text is then encoded beside the same others
+    whenever a run comes to it. Raises UserError for one without weights or gradients."""
+    from .eval.scorers import Scorer, load_scorer
+    from .eval.scorers.spm import StepAwareScorer
+
+    found: dict[str, Reward] = {}
+    for name, path in check_rewards(method).items():
+        scorer = load_scorer(name, path, device.type, "bf16" if autocast == torch.bfloat16 else "fp32")
+        if type(scorer).reward is Scorer.reward:
+            raise UserError(f"method.reward: scorer '{name}' gives no gradients; take one of CLIP's kind")
+        scorer.plan_texts(prompts)
+        found[name] = scorer.reward if isinstance(scorer, StepAwareScorer) else timeless(scorer.reward)
+    return found
+
+
+def timeless(reward: Reward) -> Reward:
+    """A reward that may be told the images' times and does not look at them."""
+    return lambda images, prompts, t=None: reward(images, prompts)

@@ -84,19 +84,21 @@ def guarded_step(
     parameters: Sequence[nn.Parameter],
     max_norm: float | None,
     across: Callable[[Tensor], Tensor] | None = None,
+    idle: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Clip, then update unless a gradient is not finite. Returns (norm before clipping, 1.0 if skipped else 0.0).
 
-    ``across``: see `total_norm`. Fused optimisers decide on the device and so cost no synchronisation; the others read
-    one number."""
+    ``across``: see `total_norm`. Where ``idle`` is 1 nothing is updated, which counts as no skip. Fused optimisers
+    decide on the device and so cost no synchronisation; the others read one number."""
     norm = total_norm(parameters, across)
     skipped = 1.0 - torch.isfinite(norm).float()
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     if getattr(optimizer, "_step_supports_amp_scaling", False):
-        optimizer.grad_scale, optimizer.found_inf = None, skipped  # type: ignore[attr-defined]
+        still = skipped if idle is None else torch.maximum(skipped, idle)
+        optimizer.grad_scale, optimizer.found_inf = None, still  # type: ignore[attr-defined]
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
-    elif not bool(skipped):
+    elif not bool(skipped) and (idle is None or not bool(idle)):
         optimizer.step()
     return norm, skipped

@@ -8,7 +8,7 @@ batches change nothing but rounding.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from .methods.base import Method, Phase, metric_sums
 from .optim import guarded_step, lr_factor, make_optimizer, set_lr
 from .recipe import TrainRecipe
 from .roles import Ema
+from .rollouts import Rollouts, deal
 
 Cut = tuple[list[int], list[int]]  # rows and their visits
 BUCKET = 1 << 25  # numbers in one flat bucket of a reduction
@@ -33,11 +34,13 @@ BUCKET = 1 << 25  # numbers in one flat bucket of a reduction
 
 @dataclass(frozen=True)
 class Slot:
-    """One optimiser step of a training step: the phase, its repeat, and which fresh batch it uses."""
+    """One optimiser step of a training step: the phase, its repeat, which fresh batch it uses, and whether it is the
+    first to."""
 
     phase: Phase
     repeat: int
     fresh: int
+    first: bool = True
 
 
 def plan_slots(method: Method[Any]) -> list[Slot]:
@@ -48,12 +51,13 @@ def plan_slots(method: Method[Any]) -> list[Slot]:
     fresh = -1
     for phase in method.phases:
         for repeat in range(method.repeats(phase)):
-            fresh += phase.batch == "fresh"
+            first = phase.batch == "fresh" or (phase.batch == "round" and repeat == 0)
+            fresh += first
             if fresh < 0:
                 raise ValueError(
                     f"{type(method).__name__}: phase '{phase.name}' reuses a batch, but none came before it"
                 )
-            slots.append(Slot(phase, repeat, fresh))
+            slots.append(Slot(phase, repeat, fresh, first))
     return slots
 
 
@@ -86,6 +90,9 @@ class Trainer:
         self.scalers = {phase.name: torch.amp.GradScaler(ctx.device.type, enabled=scaled) for phase in method.phases}
         self.skipped = torch.zeros((), device=ctx.device)  # in all
         self.streak = torch.zeros((), device=ctx.device)  # in a row: fp16's scaler probes a few times by itself
+        self.round: list[tuple[Rollouts, list[int]]] = []  # samples of online methods, and which items have weight
+        self.round_stats: dict[str, Tensor] = {}
+        self.memory: dict[str, dict[str, Tensor]] = {}  # what `Method.remember` keeps, by phase
         self.waited = 0.0
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: dict[int, Future[list[Batch]]] = {}
@@ -157,13 +164,17 @@ class Trainer:
             ema.update()
         self.step += 1
 
-    def update(self, slot: Slot, parts: list[Batch]) -> None:
+    def update(self, slot: Slot, parts: Collection[Batch]) -> None:
         """Forward, backward over the micro-batches, and the optimiser step of one phase."""
         ctx, phase = self.ctx, slot.phase
         ctx.phase, ctx.repeat = phase.name, slot.repeat
         self.roles.train_only(phase.trains)
+        if self.method.online:
+            parts = self.rolled(slot, parts)
         parts = self.placed(parts)
-        ctx.stats = self.statistics(parts)
+        ctx.stats = self.round_stats | self.statistics(parts)
+        if type(self.method).remember is not Method.remember:
+            ctx.stats = self.memory[phase.name] = self.method.remember(self.memory.get(phase.name, {}), ctx.stats)
         scaler = self.scalers[phase.name]
         weight = torch.zeros((), device=ctx.device)
         self.roles.dropout(True)
@@ -180,13 +191,17 @@ class Trainer:
             for name, (total, share) in metric_sums(loss).items():
                 self.meter.add(name if len(self.method.phases) == 1 else f"{phase.name}/{name}", total, share)
         self.roles.dropout(False)
-        self._average(phase, weight)
+        weight = self._average(phase, weight)
+        # a round may leave nothing to learn: then no optimiser moves, by momentum or decay either
+        idle = (weight == 0).float() if self.method.online else None
+        if idle is not None:
+            self.meter.add("idle", idle, torch.ones_like(idle))
         for role in phase.trains:
             optimizer, parameters = self.optimizers[role], self.roles.parameters(role)
             if scaler.is_enabled():
                 scaler.unscale_(optimizer)
             across = self.reduce if self.roles.shards is not None else None
-            norm, skipped = guarded_step(optimizer, parameters, self.recipe.max_grad_norm, across)
+            norm, skipped = guarded_step(optimizer, parameters, self.recipe.max_grad_norm, across, idle)
             finite = 1 - skipped
             self.meter.add(f"grad_norm/{role}", torch.nan_to_num(norm, 0.0, 0.0, 0.0) * finite, finite)
             self.skipped += skipped
@@ -195,13 +210,44 @@ class Trainer:
         if scaler.is_enabled():
             scaler.update()
 
-    def placed(self, parts: list[Batch]) -> list[Batch]:
+    def rolled(self, slot: Slot, prompts: Collection[Batch]) -> Collection[Batch]:
+        """The items of this update, in micro-batches; the first update of a round has them sampled (`rollouts`)."""
+        if slot.first:
+            self.collect(prompts)
+        self.ctx.repeat = slot.repeat
+        count = self.method.parts(slot.phase)
+        epoch, part = divmod(slot.repeat, count)
+        cuts: list[tuple[Rollouts, list[int]]] = []
+        for rollouts, kept in self.round:
+            mine = deal(rollouts, kept, count, self.ctx.seed, slot.phase.name, epoch)[part]
+            cuts += [(rollouts, mine[start : start + self.micro]) for start in range(0, len(mine), self.micro)]
+        if cuts:
+            return Items(cuts)
+        padding = self.round[0][0].take([0])  # every process has the same curves and calls
+        padding.weight.zero_()
+        return [padding]
+
+    def collect(self, prompts: Iterable[Batch]) -> None:
+        """A round's samples, of all micro-batches of prompts, and their sums over processes."""
+        self.ctx.repeat, self.round, sums = 0, [], {}
+        with torch.no_grad():
+            for batch in prompts:
+                found = self.method.collect(self.ctx, batch.to(self.ctx.device))
+                self.round.append((found, found.kept()))
+                for name, value in found.metrics.items():
+                    weight = found.prompts.weight
+                    self.meter.add(name, (value.float() * weight).sum(), weight.sum())
+                for name, value in found.stats.items():
+                    sums[name] = sums[name] + value if name in sums else value
+        self.round_stats = {name: self.reduce(value) for name, value in sums.items()}
+
+    def placed(self, parts: Collection[Batch]) -> Collection[Batch]:
         """The micro-batches on the device, all at once, where ``Method.statistics`` sees them before ``loss``."""
         if type(self.method).statistics is Method.statistics:
             return parts
         return [part.to(self.ctx.device) for part in parts]
 
-    def statistics(self, parts: Sequence[Batch]) -> dict[str, Tensor]:
+    def statistics(self, parts: Iterable[Batch]) -> dict[str, Tensor]:
         """Sums of ``Method.statistics`` over micro-batches (`placed`) and processes."""
         if type(self.method).statistics is Method.statistics:
             return {}
@@ -213,8 +259,9 @@ class Trainer:
                     sums[name] = sums[name] + value if name in sums else value
         return {name: self.reduce(value) for name, value in sums.items()}
 
-    def _average(self, phase: Phase, weight: Tensor) -> None:
-        """Gradients summed over processes in flat buckets, then divided by the weight sum of the whole step."""
+    def _average(self, phase: Phase, weight: Tensor) -> Tensor:
+        """Gradients summed over processes in flat buckets, then divided by the weight sum of the whole step, which is
+        returned."""
         gradients: list[Tensor] = []
         if self.roles.shards is not None:
             self.roles.shards.take_gradients()
@@ -230,6 +277,7 @@ class Trainer:
                 torch._foreach_copy_(bucket, [p.view_as(g) for p, g in zip(pieces, bucket, strict=True)])
         weight = self.reduce(weight)
         torch._foreach_mul_(gradients, self.recipe.batch / weight.clamp_min(1e-12) * (weight > 0))
+        return weight
 
     def reduce(self, value: Tensor) -> Tensor:
         """Sum over processes."""
@@ -257,6 +305,7 @@ class Trainer:
             "meter": {name: self.reduce(value) for name, value in sorted(self.meter.sums.items())},
             "skipped": self.skipped,
             "streak": self.streak,
+            "memory": self.memory,
         }
 
     def load(self, state: dict[str, Any]) -> None:
@@ -281,11 +330,30 @@ class Trainer:
         self.meter.sums = {name: value.to(self.ctx.device) * mine for name, value in state["meter"].items()}
         self.skipped = state["skipped"].to(self.ctx.device)
         self.streak = state["streak"].to(self.ctx.device)
+        kept = state.get("memory", {})
+        self.memory = {phase: {k: v.to(self.ctx.device) for k, v in held.items()} for phase, held in kept.items()}
         self._ahead.clear()
 
     def close(self) -> None:
         """Stop the loader."""
         self._loader.shutdown(wait=True, cancel_futures=True)
+
+
+class Items(Collection[Batch]):
+    """Micro-batches of a round's items, each put together when its turn comes: a prompt's text is many times as large
+    as the latents of an item."""
+
+    def __init__(self, cuts: Sequence[tuple[Rollouts, list[int]]]) -> None:
+        self.cuts = cuts
+
+    def __len__(self) -> int:
+        return len(self.cuts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (rollouts.take(items) for rollouts, items in self.cuts)
+
+    def __contains__(self, batch: object) -> bool:
+        return False
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..denoiser import Denoiser
     from ..facts import SamplingRecord
     from ..families.base import Model
+    from ..rollouts import Rollouts
 
 Stats = dict[str, Tensor]
 Columns = dict[str, Tensor]
@@ -46,16 +47,18 @@ class Needs:
     have, and the tags of its (t, noise) draws.
 
     ``reference`` is False when the base is never called, so that full fine-tuning need not hold it. ``reward``: the
-    scorers of the setting ``reward`` are loaded for ``ctx.reward``; ``decode``: the VAE stays on the device for
-    ``ctx.decode``."""
+    scorers of the setting ``reward`` are loaded for ``ctx.reward``; ``scores_only``: those without gradients will do;
+    ``decode``: the VAE stays on the device for ``ctx.decode``; ``counts``: the rows of each prompt are counted."""
 
     batch: Literal["pair", "image", "ranked", "rated", "prompt"] = "pair"
     columns: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
     draws: tuple[str, ...] = ("noise",)
     reward: bool = False
+    scores_only: bool = False
     decode: bool = False
     reference: bool = True
+    counts: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,14 @@ class Phase:
         name: shows in logs and keys the random draws.
         trains: roles that receive gradients; the trainer freezes all others.
         repeats: how often the phase runs in a step: a number, or the name of a field of the method's Config.
-        batch: ``fresh`` takes new samples each repeat, ``reuse`` takes those of the phase before.
+        batch: ``fresh`` takes new rows each repeat, ``reuse`` takes those of the phase before, ``round`` takes new rows
+            for its first repeat and reuses them in the others.
     """
 
     name: str
     trains: tuple[str, ...]
     repeats: int | str = 1
-    batch: Literal["fresh", "reuse"] = "fresh"
+    batch: Literal["fresh", "reuse", "round"] = "fresh"
 
 
 @dataclass
@@ -106,6 +110,8 @@ class Method(Generic[C]):
     """Rows of a step that are compared with one another: neither micro-batches nor processes part them."""
     users: tuple[str, ...] = ()
     """Names behind the data's column ``user``, where it has one; known before ``build``."""
+    counts: Mapping[str, int] = {}  # noqa: RUF012 - replaced as a whole
+    """How many rows each prompt has, where ``needs.counts`` asks for it."""
     repeated: ClassVar[str] = ""
     """The field of Config, if any, that counts equal steps inside one loss: a plan runs few and reckons the others."""
 
@@ -143,13 +149,28 @@ class Method(Generic[C]):
         (then ``ctx.stats``). Runs without gradients; what it adds to ``batch.columns`` is there for ``loss``."""
         return {}
 
+    def remember(self, before: Stats, now: Stats) -> Stats:
+        """``ctx.stats`` of an update from that of the same phase's last one and the new sums; what is returned is kept,
+        and saved with the run. The sums alone, where a method does not say otherwise."""
+        return now
+
     def loss(self, ctx: Context, batch: Batch, phase: Phase) -> Loss:
         """The loss of one micro-batch in ``phase``."""
         raise TypeError(f"{type(self).__name__} defines no loss")
 
-    def collect(self, ctx: Context, prompts: Batch) -> Batch:
-        """Online methods: rollouts for a batch of prompts, without gradients."""
+    def collect(self, ctx: Context, prompts: Batch) -> Rollouts:
+        """Online methods: what a batch of prompts is sampled and kept for a round of updates (`diffalign.rollouts`),
+        without gradients. ``loss`` is then given its items in the place of the prompts."""
         raise TypeError(f"{type(self).__name__} collects no rollouts")
+
+    @property
+    def online(self) -> bool:
+        """Whether samples are made while training."""
+        return type(self).collect is not Method.collect
+
+    def parts(self, phase: Phase) -> int:
+        """Online methods: into how many updates one pass over the items of a round is cut."""
+        return 1
 
     def sampling(self, scheduler: Mapping[str, Any]) -> SamplingRecord | None:
         """How a few-step student is to be sampled, from the base's scheduler config; None: as the base is."""

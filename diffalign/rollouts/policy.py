@@ -1,0 +1,110 @@
+"""A sampler as a policy: at each step a Gaussian over the next latents, whose mean the network gives.
+
+Kernels: ``ddim`` with a share eta of new noise (arXiv 2010.02502; eta = 1 is the DDPM posterior and, in this scaling of
+the latents, Euler-ancestral), ``renoise`` (LCM's and DMD2's: x0 and all new noise), ``flow`` (Flow-GRPO's SDE of
+flow models, arXiv 2505.05470, with eta as its noise level).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Denoiser, Step, flow_sde_step
+
+Kernel = Literal["ddim", "renoise", "flow"]
+CLEAN = -1  # where a last step goes that ends on x0 itself
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a student samples.
+
+    Args:
+        times: of the steps, falling indices of the schedule (K,).
+        ends: where each step goes (K,); negative is x0 itself, without noise, whatever the kernel.
+        kernel: see the module.
+        eta: share of new noise of ``ddim``, noise level of ``flow``.
+        guidance: of the student; 1 is none.
+        scale: what the unit noise of the start is multiplied by.
+    """
+
+    times: tuple[int, ...]
+    ends: tuple[int, ...]
+    kernel: Kernel = "ddim"
+    eta: float = 1.0
+    guidance: float = 1.0
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        falling = all(a > b for a, b in pairwise(self.times))
+        if not self.times or len(self.times) != len(self.ends) or not falling:
+            raise ValueError(f"a policy needs falling times and an end for each, not {self.times} and {self.ends}")
+        if any(s >= t for t, s in zip(self.times, self.ends, strict=True)):
+            raise ValueError(f"every step must end below its time: {self.times} and {self.ends}")
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        output: Tensor,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        noise: Tensor | None = None,
+        eta: float | None = None,
+    ) -> Step:
+        """The step from ``t`` to ``s`` (B,), of which each sample has its own, by the network's ``output`` at ``x``.
+
+        Without ``noise`` the sample is the mean. ``eta`` in the place of the policy's. Differentiable in ``output``."""
+        eta = self.eta if eta is None else eta
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x0 = denoiser.to_x0(output, x, t)
+        level = s.clamp(min=0)
+        if self.kernel == "ddim":
+            mean, std = denoiser.transition(output, x, t, level, eta)
+        elif self.kernel == "renoise":
+            mean, std = denoiser.alpha(level).to(x) * x0, denoiser.sigma(level).to(x)
+        else:
+            found = flow_sde_step(
+                denoiser.to_v(output, x, t),
+                x,
+                denoiser.sigma(t).flatten(),
+                denoiser.sigma(level).flatten(),
+                eta,
+                torch.zeros_like(x),
+            )
+            mean, std = found.mean, found.std
+        clean = (s < 0).reshape(-1, 1, 1, 1)
+        mean, std = torch.where(clean, x0, mean), torch.where(clean, torch.zeros_like(std), std)
+        return Step(mean if noise is None else mean + std * noise.to(mean.dtype), mean, std)
+
+    def stds(self, denoiser: Denoiser) -> Tensor:
+        """Standard deviation of each step, fp32 (K,) on the CPU."""
+        zeros = torch.zeros(len(self), 1, 1, 1)
+        t, s = torch.tensor(self.times), torch.tensor(self.ends)
+        return self.step(denoiser, zeros, zeros, t, s).std.flatten()
+
+    def trainable(self, denoiser: Denoiser) -> list[int]:
+        """The steps that have a likelihood: those whose std is not 0."""
+        return [k for k, std in enumerate(self.stds(denoiser).tolist()) if std > 0]
+
+
+def many_steps(denoiser: Denoiser, steps: int, spacing: str = "leading", offset: int = 1) -> tuple[Sequence[int], ...]:
+    """(times, ends) of a many-step sampler. The last step ends at level 0, whose noise is not quite nothing, so that it
+    has a likelihood, as SPO's and DDPO's have it."""
+    times = denoiser.timesteps(steps, spacing, offset).tolist()
+    last = max(times[-1] - denoiser.num_timesteps // steps, 0)
+    return tuple(times), (*times[1:], last if last < times[-1] else CLEAN)
+
+
+def few_steps(times: Sequence[int]) -> tuple[Sequence[int], ...]:
+    """(times, ends) of a few-step student at exactly ``times``; the last step ends on x0."""
+    return tuple(times), (*times[1:], CLEAN)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command import diffalign
 from small import picture, settings, write_pairs
 from torch import Tensor
 from world import batch_of, make_trainer, warm
@@ -35,6 +37,15 @@ def _run(model: Path, data: Path, out: Path, name: str, **changes: Any) -> Any:
     changes = {"method.beta": None, "train.steps": 2, "data.resolution": 64} | changes
     _, *rest = settings(model, data, out, **changes)
     return train(load_recipe(f"tiny/{name}", rest), progress=False)
+
+
+def _refused(model: Path, data: Path, out: Path, name: str, said: str) -> None:
+    """By the plan and by the run, in one line, before anything is encoded."""
+    _, *rest = settings(model, data, out / "run", **{"method.beta": None, "data.resolution": 64, "validate.pairs": 1})
+    for flag in ([], ["--plan"]):
+        done = diffalign("train", f"tiny/{name}", *rest, "--quiet", *flag)
+        assert done.status == 2 and re.search(said, done.line), done.line
+    assert not list((out / "cache").rglob("*.safetensors"))
 
 
 # ---- Diffusion-KTO ------------------------------------------------------------------------------------------------
@@ -121,8 +132,7 @@ def test_kto_refuses_one_class_and_trains_on_two(tiny_model_folder: Path, tmp_pa
         picture(i).save(data / f"{i}.png")
     lines = [{"prompt": f"a thing {i}", "image": f"{i}.png", "label": True} for i in range(4)]
     (data / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(UserError, match=r"none of 3 is not liked \(label 0\); add some"):
-        _run(tiny_model_folder, data, tmp_path / "one", "kto", **{"validate.pairs": 1})
+    _refused(tiny_model_folder, data, tmp_path / "one", "kto", r"'.*rated': .*none of 3 .* not liked: add .* label 0")
     pairs = write_pairs(tmp_path / "pairs", 6)
     run = _run(tiny_model_folder, pairs, tmp_path / "two", "kto", **{"train.micro_batch": 1})
     assert run.step == 2 and {"chosen_gain", "rejected_gain", "reference_point"} <= set(run.log[-1])
@@ -236,8 +246,8 @@ def test_rankdpo_trains_on_lists_and_pairs(tiny_model_folder: Path, tmp_path: Pa
         json.loads(line) | {"chosen_score": 21.5, "rejected_score": 20} for line in (pairs / "metadata.jsonl").open()
     ]
     (pairs / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(UserError, match=r"the data's lie between 20 and 21.5; set method.scores=wins"):
-        _run(tiny_model_folder, pairs, tmp_path / "raw", "rankdpo")
+    said = r"'.*pairs': .* the data's lie between 20 and 21.5; set method.scores=wins"
+    _refused(tiny_model_folder, pairs, tmp_path / "raw", "rankdpo", said)
     run = _run(tiny_model_folder, pairs, tmp_path / "run", "rankdpo", **{"method.scores": "wins"})
     assert run.step == 2
 

@@ -89,9 +89,9 @@ class KTO(Method[KTOConfig]):
         """Weights by label, so that liked pictures have ``positive_ratio`` of all. Raises UserError for one class."""
         liked, count = int((columns["label"] > 0).sum()), len(columns["label"])
         if liked in (0, count):
-            lack = "not liked (label 0)" if liked else "liked (label 1)"
+            lack = "not liked: add rows with label 0" if liked else "liked: add rows with label 1"
             raise UserError(
-                f"Diffusion-KTO learns from both kinds of pictures, and none of {count} is {lack}; add some"
+                f"Diffusion-KTO learns from both kinds of pictures, and none of {count} (held-out ones apart) is {lack}"
             )
         if self.config.positive_ratio is not None:
             share, wanted = liked / count, self.config.positive_ratio

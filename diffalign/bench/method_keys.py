@@ -42,11 +42,11 @@ def chosen(recipe: Recipe) -> dict[str, Any]:
     return {name: section for name, section in made.items() if name not in UNSEEN}
 
 
-def job_code(recipe: Recipe | None) -> str:
-    """12 hex digits of the code: the method's with its parents', the denoiser's, and the bench's own."""
+def job_code(recipe: Recipe | None, *further: ModuleType) -> str:
+    """12 hex digits of the code: the method's with its parents', the denoiser's, the bench's own and ``further``."""
     if recipe is None:
         return code_hash(judge)
-    return code_hash(judge, method_job, units, denoiser, *method_modules_of(recipe.method.name))
+    return code_hash(judge, method_job, units, denoiser, *method_modules_of(recipe.method.name), *further)
 
 
 def method_modules_of(name: str) -> list[ModuleType]:

@@ -27,11 +27,15 @@ from ..data.files import write_atomic
 from ..errors import Interrupted, UserError, nearest, one_line
 from ..methods import list_methods
 from ..recipe import Recipe, builtin_recipes, load_recipe
+from . import method_job, students
 from .judge import IN_LOOP
 from .method_job import Job, write_job
 from .method_keys import job_code, job_key
 from .methods_page import page
 from .methods_report import MethodsReport
+from .student_jobs import GROUP, with_students
+from .student_table import steps_report
+from .students import StudentJob
 from .verdict import Kind, Row, fill
 
 MODEL, DPO = "tiny-sd", "tiny/dpo"
@@ -131,22 +135,37 @@ def measure_methods(plan: Plan) -> MethodsReport:
     except OSError as error:
         raise UserError(f"cannot write to '{plan.out}' ({error.strerror}); choose another --out") from error
     jobs = {entry.name: make_jobs(entry, plan) for entry in entries}
+    recipes = {entry.name: entry.recipe for entry in entries if entry.group == GROUP and entry.recipe}
+    company = with_students(recipes, jobs, plan.out)
     wanted = [job for entry in entries if is_asked(entry, plan.only) for job in jobs[entry.name]]
-    # seeds in turn, so that a table of fewer seeds is there early
-    missing = sorted((job for job in wanted if not is_done(job)), key=lambda job: job.seed)
-    failed = {} if plan.shown else run_jobs(missing, plan)
+    if any(isinstance(job, StudentJob) for job in wanted):
+        wanted += company.references.values()
+    missing = [job for job in wanted if not is_done(job)]
+    missing += [job for job in company.beneath(missing) if job not in missing]
+    # seeds in turn, so that a table of fewer seeds is there early; what others go on from comes first
+    missing.sort(key=lambda job: job.seed)
+    failed: dict[str, str] = {}
+    for later in (False, True):
+        some = [job for job in missing if waits(job) == later]
+        failed |= {} if plan.shown else run_jobs(some, plan)
     report = collect(entries, jobs, failed, plan)
+    report.over_steps = steps_report(report.rows, jobs, company, read_result, failed)
     write_atomic(plan.out / "results.json", (json.dumps(report.json(), indent=1, ensure_ascii=False) + "\n").encode())
     write_atomic(plan.out / "table.md", report.markdown().encode())
     write_atomic(plan.out / "report.html", page(report).encode())
     return report
 
 
+def waits(job: Job) -> bool:
+    """Whether it goes on from what another job leaves."""
+    return isinstance(job, StudentJob) and bool(job.start or job.pairs)
+
+
 def make_jobs(entry: Entry, plan: Plan) -> list[Job]:
     """One a seed; one in all for the base, none without a recipe."""
     if entry.recipe is None and entry.kind != "base":
         return []
-    jobs, code = [], job_code(entry.recipe)
+    jobs, code = [], job_code(entry.recipe, *([students] if entry.group == GROUP else []))
     for seed in plan.seeds if entry.recipe else (0,):
         key = job_key(entry.recipe, seed, plan.budget, plan.prompts, MODEL)
         name = f"{entry.name}-{seed}-{key}"
@@ -253,10 +272,7 @@ def run_jobs(jobs: Sequence[Job], plan: Plan) -> dict[str, str]:
                     failed[job.key] = reason(job, process.returncode)
                     plan.say(f"{head} failed: {failed[job.key]}")
                 else:
-                    right = result["judged"]["scores"]["oracle"]
-                    trained = f", {result['steps']} steps in {result['seconds']:.0f} s" if job.recipe else ""
-                    seconds = time.monotonic() - began
-                    plan.say(f"{head}: {sum(right) / len(right):.3f} all right{trained}; {seconds:.0f} s in all")
+                    plan.say(f"{head}: {told(result)}; {time.monotonic() - began:.0f} s in all")
     except KeyboardInterrupt as error:
         for _, process, _ in running:
             process.send_signal(signal.SIGKILL)
@@ -264,6 +280,15 @@ def run_jobs(jobs: Sequence[Job], plan: Plan) -> dict[str, str]:
         text = f"stopped; {done} of {len(jobs)} are done in '{plan.out}', the same command goes on"
         raise Interrupted(text) from error
     return failed
+
+
+def told(result: dict[str, Any]) -> str:
+    """A finished job in a few words."""
+    if result["judged"] is None:
+        return f"{result['pictures']:,} pictures"
+    right = result["judged"]["scores"]["oracle"]
+    trained = f", {result['steps']} steps in {result['seconds']:.0f} s" if "seconds" in result else ""
+    return f"{sum(right) / len(right):.3f} all right{trained}"
 
 
 def start(job: Job) -> subprocess.Popen[bytes]:
@@ -276,7 +301,7 @@ def start(job: Job) -> subprocess.Popen[bytes]:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     with folder.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "diffalign.bench.method_job", str(described)],
+            [sys.executable, "-m", (students if isinstance(job, StudentJob) else method_job).__name__, str(described)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

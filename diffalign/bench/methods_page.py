@@ -40,6 +40,7 @@ def page(report: MethodsReport) -> str:
             explained=EXPLAINED,
             plots=plots,
             grid=grid(report),
+            over_steps=report.over_steps.page(),
             settings=report.settings,
             date=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
         )

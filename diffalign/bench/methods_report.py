@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .judge import HELD_OUT, IN_LOOP
+from .student_jobs import GROUP
+from .student_report import StepsReport
 from .verdict import Row, shown
 
 if TYPE_CHECKING:
@@ -42,20 +44,23 @@ EXPLAINED = (
 
 @dataclass
 class MethodsReport:
-    """What ``measure_methods`` found. ``pictures``: by row, the folder of its held-out pictures (first seed)."""
+    """What ``measure_methods`` found. ``pictures``: by row, the folder of its held-out pictures (first seed).
+    ``over_steps``: of few-step students."""
 
     settings: dict[str, Any]
     rows: list[Row]
     pictures: dict[str, Path] = field(default_factory=dict)
+    over_steps: StepsReport = field(default_factory=StepsReport)
 
     @property
     def failed(self) -> bool:
         """Whether any row failed."""
-        return any(row.failed for row in self.rows)
+        return any(row.failed for row in self.rows) or bool(self.over_steps.troubles)
 
     def json(self) -> dict[str, Any]:
         """Plain data."""
-        return {"settings": self.settings, "rows": [asdict(row) for row in self.rows]}
+        steps = self.over_steps.json()
+        return {"settings": self.settings, "rows": [asdict(row) for row in self.rows], "over_steps": steps}
 
     def title(self) -> str:
         """In a line."""
@@ -78,6 +83,7 @@ class MethodsReport:
         for row in self.rows:
             if row.why:
                 console.print(f"{row.name}: {verdict_of(row)}: {row.why}", highlight=False, markup=False)
+        self.over_steps.render(console)
         if self.settings["overrides"]:
             console.print(f"overrides: {' '.join(self.settings['overrides'])}", highlight=False, markup=False)
 
@@ -87,7 +93,7 @@ class MethodsReport:
         lines += ["| " + " | ".join(cells(row)) + " |" for row in self.rows]
         lines += ["", EXPLAINED, ""]
         lines += [f"* {row.name}: {verdict_of(row)}: {row.why}" for row in self.rows if row.why]
-        return "\n".join(lines) + "\n"
+        return "\n".join(lines) + "\n" + self.over_steps.markdown()
 
 
 def cells(row: Row) -> list[str]:
@@ -126,5 +132,6 @@ def verdict_of(row: Row) -> str:
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:
-    """Rows with a gain, best first."""
-    return sorted((row for row in rows if row.gain), key=lambda row: -(row.gain.value if row.gain else 0.0))
+    """Rows with a gain, best first; without few-step students, which are not meant to gain over their teacher."""
+    compared = [row for row in rows if row.gain and row.group != GROUP]
+    return sorted(compared, key=lambda row: -(row.gain.value if row.gain else 0.0))

@@ -102,6 +102,12 @@ def dm_direction(x: Tensor, y_fake: Tensor, y_real: Tensor, floor: float | None 
     return difference / (x - y_real).abs().mean((1, 2, 3), keepdim=True).clamp_min(floor)
 
 
+def times_of(shares: tuple[float, float], steps: int) -> tuple[int, int]:
+    """First and last time of a range that is given as shares of a schedule of ``steps``."""
+    first, last = (min(round(share * steps), steps - 1) for share in shares)
+    return first, last
+
+
 def surrogate(x: Tensor, direction: Tensor) -> Tensor:
     """A loss (B,) whose gradient at ``x`` is ``direction`` / (C h w): half the mean square to a fixed target."""
     return 0.5 * (x - (x - direction).detach()).square().mean((1, 2, 3))
@@ -240,8 +246,7 @@ class ScoreDistill(Method[D], Generic[D]):
 
     def window(self, ctx: Context, shares: tuple[float, float], count: int) -> Window:
         """A range of the settings as times, for ``count`` samples."""
-        last = ctx.denoiser.num_timesteps
-        return [(round(shares[0] * last), min(round(shares[1] * last), last - 1))] * count
+        return [times_of(shares, ctx.denoiser.num_timesteps)] * count
 
     def time_window(self, ctx: Context, sample: Sample) -> Window:
         """Where the student's scores are asked."""

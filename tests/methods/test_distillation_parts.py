@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,23 +10,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gauss import World
+from gauss import DENOISER, World
 from PIL import Image
 from pydantic import ValidationError
 from tiny import SD_SCHEDULE
 from torch import Tensor, nn
-from world import Rows, batch_of, make_trainer, warm
+from torch.nn.functional import softplus
+from world import Rows, batch_of, make_trainer, warm, weights
 
 from diffalign.data.batch import Batch, Cond
 from diffalign.data.teacher import teacher_noise, teacher_pairs
 from diffalign.errors import UserError
 from diffalign.keyed import normal as keyed_normal
 from diffalign.methods import make_method
-from diffalign.methods.adversarial import Head, gan_critic_loss, gan_student_loss
+from diffalign.methods.adversarial import Head, gan_critic_loss, gan_student_loss, r1_penalty
 from diffalign.methods.base import Loss
 from diffalign.methods.distillation.diff_instruct import implicit_matching
 from diffalign.methods.distillation.f_distill import WEIGHTS, f_weight, ratio_of
 from diffalign.methods.distillation.sid import sid_loss
+from diffalign.roles import Roles
+from diffalign.trainer import Trainer
 
 CPU = torch.device("cpu")
 
@@ -83,6 +87,64 @@ def test_the_gan_tells_real_from_made_and_leads_the_student() -> None:
     assert float((slope * (batch.latents["image"] - sample.x).detach()).sum()) < 0
 
 
+def knowing(trainer: Trainer, seed: int = 0) -> Trainer:
+    """With a head that says something."""
+    for name, weight in trainer.roles.modules["head"].last.named_parameters():
+        weight.data.copy_(0.5 * keyed_normal(tuple(weight.shape), "head", name, seed))
+    return trainer
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gan_draws": "shared", "gan_features": "base", "gan_times": 300},
+        {"gan_times": 1, "gan_r1": 50.0, "gan_r1_noise": 0.2},
+    ],
+    ids=["own", "shared, base", "clean, r1"],
+)
+def test_the_gans_terms_beside_the_scores(options: dict[str, Any]) -> None:
+    """Both phases' losses less those without a GAN, by hand: who is real, times, noise, features, weights, R1."""
+    shared = {"timesteps": [999], "guidance": 3.0, "gan_width": 8}
+    method = make_method("dmd2", {**shared, "gan_weight": 0.3, "gan_critic_weight": 0.2, **options})
+    plain, config = make_method("dmd2", shared), method.config
+    trainer = knowing(make_trainer(method))
+    with torch.no_grad():  # the fake score is no longer the base
+        for parameter in trainer.roles.parameters("fake"):
+            parameter.add_(0.1)
+    ctx, batch, head = trainer.ctx, batch_of(trainer), trainer.roles.modules["head"]
+    cond = batch.cond["prompt"]
+
+    def says(x: Tensor, tag: str, near: bool = False) -> Tensor:
+        t = torch.tensor([int(rng.integers(config.gan_times)) for rng in ctx.rng(f"{tag}-time", batch)])
+        x_t = x if config.gan_times == 1 else ctx.denoiser.add_noise(x, ctx.draw(batch, tag)[1], t)
+        x_t = x_t + 0.2 * ctx.draw(batch, "gan-r1")[1] if near else x_t
+        return head(ctx.features(config.gan_features, x_t, t, cond))
+
+    with torch.no_grad():
+        for number, phase in enumerate(method.phases):
+            ctx.phase, ctx.repeat = phase.name, 0
+            x, real = method.generate(ctx, batch).x, batch.latents["image"]
+            found = method.loss(ctx, batch, phase).values - plain.loss(ctx, batch, plain.phases[number]).values
+            if phase.name == "student":
+                expected = 0.3 * softplus(-says(x, "gan"))
+            else:
+                tag = "gan" if config.gan_draws == "shared" else "gan-real"
+                expected = softplus(says(x, "gan")) + softplus(-says(real, tag))
+                if config.gan_r1:
+                    expected = expected + 50 * (says(real, tag, near=True) - says(real, tag)) ** 2
+                expected = 0.2 * expected
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_r1_is_the_squared_slope_of_the_head() -> None:
+    """Of a linear head the penalty over the noise's variance is |w|^2 in the mean; of a constant one 0."""
+    w, x = normal(64), normal(4096, 64, seed=1)
+    near = x + 0.1 * normal(4096, 64, seed=2)
+    assert float(r1_penalty(x @ w, near @ w).mean()) / 0.01 == pytest.approx(float(w.square().sum()), rel=0.1)
+    assert not bool(r1_penalty(torch.ones(3), torch.ones(3)).any())
+
+
 def test_a_gan_needs_pictures_and_the_others_none() -> None:
     kinds = {
         ("dmd2", None): "prompt",
@@ -105,10 +167,23 @@ def test_weights_of_the_divergences() -> None:
     one = torch.ones(1)
     expected = {"rkl": 1, "kl": 1, "js": 0.5, "softened_rkl": 0.5, "neyman": 1, "hellinger": 1, "jeffreys": 2}
     assert {name: f_weight(name, one).item() for name in WEIGHTS} == expected
-    rho = torch.tensor([0.1, 0.7, 3.0, 20.0])
-    torch.testing.assert_close(f_weight("js", rho) + f_weight("softened_rkl", rho), torch.ones(4))
-    for name, f2 in {"kl": lambda r: 1 / r, "rkl": lambda r: 1 / r**2, "neyman": lambda r: 1 / r**3}.items():
-        torch.testing.assert_close(f_weight(name, rho), rho**2 * f2(rho))
+    rho = torch.tensor([0.1, 0.7, 1.0, 3.0, 20.0], dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(f_weight("js", rho) + f_weight("softened_rkl", rho), torch.ones_like(rho))
+    generators = {  # f of D_f = E_fake[f(p_real / p_fake)]; h is rho^2 f'' up to a factor
+        "rkl": lambda r: -r.log(),
+        "kl": lambda r: r * r.log(),
+        "js": lambda r: r * r.log() - (1 + r) * ((1 + r) / 2).log(),
+        "softened_rkl": lambda r: (1 + r) * (1 + 1 / r).log(),
+        "neyman": lambda r: (1 - r) ** 2 / r,
+        "hellinger": lambda r: (1 - r.sqrt()) ** 2,
+        "jeffreys": lambda r: (r - 1) * r.log(),
+    }
+    assert generators.keys() == WEIGHTS.keys()
+    for name, f in generators.items():
+        (slope,) = torch.autograd.grad(f(rho).sum(), rho, create_graph=True)
+        (curve,) = torch.autograd.grad(slope.sum(), rho)
+        h, ours = (rho**2 * curve).detach(), f_weight(name, rho).detach()
+        torch.testing.assert_close(ours / ours[2], h / h[2])
     assert ratio_of(torch.tensor([100.0, -100.0, 0.0])).tolist() == pytest.approx([20, 0.1, 1])
 
 
@@ -137,7 +212,7 @@ def test_a_real_ratio_weighs_the_samples() -> None:
             trainer.roles.modules["head"].last.weight.copy_(0.5 * keyed_normal((1, 8, 1, 1), "head"))
         trainer.ctx.phase = "student"
         batch = batch_of(trainer)
-        trainer.ctx.stats = trainer.statistics([batch])
+        trainer.ctx.stats = trainer.method.remember({}, trainer.statistics([batch]))
         found[key] = trainer.method.loss(trainer.ctx, batch, trainer.method.phases[0])
         assert trainer.method.couples == ("batch" if key == "bins" else "none")
     ratio = found["step"].metrics["ratio"]
@@ -146,6 +221,39 @@ def test_a_real_ratio_weighs_the_samples() -> None:
     torch.testing.assert_close(found["none"].values, ratio * found["step"].values)
     torch.testing.assert_close(found["bins"].metrics["ratio"], ratio / (ratio.mean() + 1e-6))
     assert "is DMD2" in make_method("f_distill", {"ratio_bins": 10}).notes()[-1]
+
+
+def test_a_bins_mean_is_remembered() -> None:
+    """bin <- rate bin + (1 - rate) mean of the step, from 1; bins without a sample keep theirs; saved with the run."""
+    method = make_method("f_distill", {"ratio_bins": 3, "ratio_memory": 0.75})
+    one = method.remember({}, {"ratio": torch.tensor([[8.0, 0.0, 3.0], [2.0, 0.0, 1.0]])})
+    torch.testing.assert_close(one["bins"], torch.tensor([0.75 + 1.0, 1.0, 0.75 + 0.75]))
+    two = method.remember(one, {"ratio": torch.tensor([[0.0, 1.0, 0.0], [0.0, 2.0, 0.0]])})
+    torch.testing.assert_close(two["bins"], torch.tensor([1.75, 0.75 + 0.125, 1.5]))
+    assert method.remember(two, {}) == {}  # the critic has no ratios
+    options = {"timesteps": [999], "critic_steps": 1, "gan_width": 8, "ratio_bins": 2, "ratio_memory": 0.5}
+    straight = warm(knowing(make_trainer(make_method("f_distill", options))), 3)
+    first = warm(knowing(make_trainer(make_method("f_distill", options))), 2)
+    second = make_trainer(make_method("f_distill", options))
+    second.load(copy.deepcopy(first.state()))
+    warm(second, 1)
+    assert all(map(torch.equal, weights(straight), weights(second)))
+    bins = straight.memory["student"]["bins"]
+    assert torch.equal(bins, second.memory["student"]["bins"]) and float((bins - 1).abs().min()) > 1e-4
+
+
+def test_the_ratio_is_that_of_the_point_where_the_scores_are_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head, the fake score and the teacher see one noisy sample; its own logit is the ratio's."""
+    method = make_method("f_distill", {"timesteps": [999], "guidance": 2.0, "gan_weight": 0.0, "gan_width": 4})
+    made = World(method, "learned")
+    made.roles.modules["head"] = Slope()
+    seen: list[Tensor] = []
+    call = Roles.__call__
+    monkeypatch.setattr(Roles, "__call__", lambda self, role, x, *rest: seen.append(x) or call(self, role, x, *rest))
+    found = made.loss()
+    assert len(seen) == 4  # student, head, fake score, teacher
+    assert torch.equal(seen[1], seen[2]) and torch.equal(torch.cat([seen[1], seen[1]]), seen[3])
+    torch.testing.assert_close(found.metrics["ratio"], seen[1].mean((1, 2, 3)).exp().clamp(0.1, 20))
 
 
 class Slope(nn.Module):
@@ -183,6 +291,30 @@ def test_tied_terms_are_dmd2() -> None:
     assert float((half - theirs).abs().max()) > 1e-3  # those that stop at 499 look at cleaner levels
 
 
+def test_each_term_has_its_own_divisor() -> None:
+    """g = (y_fake - y_c) / n1 - (w - 1) (y_c - y_u) / n2 at two noisy points, both divisors above a share of |x|."""
+    for floor in (0.0, 2.0):
+        made = World(make_method("decoupled_dmd", {"guidance": 3.0, "relative_floor": floor}), "learned", m_u=0.5)
+        made.fake.mean.data += 0.4
+        ctx, batch, method = made.ctx, made.batch(0), made.method
+        ctx.phase = "student"
+        with torch.no_grad():
+            sample = method.generate(ctx, batch)
+            found, _ = method.direction(ctx, batch, sample)
+            x = sample.x
+            x_t, t = method.noised(ctx, batch, x, method.time_window(ctx, sample))
+            y_cond = method.real_x0(ctx, x_t, t, sample)
+            matching = method.fake_x0(ctx, x_t, t, sample) - y_cond
+            x_t, t = method.noised(ctx, batch, x, method.augment_window(ctx, sample), "augment")
+            cond, uncond = method.teacher(ctx, x_t, t, sample)
+        one, two = ((x - y).abs().mean((1, 2, 3), keepdim=True) for y in (y_cond, cond))
+        assert float((one - two).abs().min()) > 0
+        least = floor * x.abs().mean((1, 2, 3), keepdim=True)
+        expected = matching / one.maximum(least) - 2 * (cond - uncond) / two.maximum(least)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert bool((one < least).any()) == (floor > 0)
+
+
 def test_without_guidance_nothing_is_augmented() -> None:
     hybrid, decoupled = (directions("decoupled_dmd", guidance=1.0, schedule=s) for s in ("hybrid", "decoupled"))
     assert torch.equal(hybrid, decoupled)
@@ -205,6 +337,22 @@ def test_implicit_matching_with_the_square_is_sid_at_alpha_one() -> None:
     assert bool((implicit_matching(x, y_fake + 1e6, y_real, 1e-3).abs() <= 1.001 * bound).all())
     weight = torch.tensor([2.0, 1.0, 0.5])[:, None, None, None]
     torch.testing.assert_close(implicit_matching(x, y_fake, y_real, None, weight), ours * torch.tensor([4, 1, 0.25]))
+    size = (y_fake - y_real).square().mean((1, 2, 3)).add(0.09).sqrt()  # d' = d / sqrt(mean d^2 + c^2)
+    torch.testing.assert_close(implicit_matching(x, y_fake, y_real, 0.3), ours / size)
+
+
+def test_differences_of_scores_are_those_of_x0_by_alpha_over_sigma_squared() -> None:
+    """At one time the divergences in either space differ by that weight: twice for the square, once for huber's."""
+    values = {}
+    for divergence in ("fisher", "huber"):
+        for space in ("x0", "score"):
+            options = {"divergence": divergence, "space": space, "guidance": 2.0, "huber": 1e-9, "timesteps": [999]}
+            made = World(make_method("diff_instruct", {**options, "time_range": [0.5, 0.5]}), "learned", m_u=0.5)
+            made.fake.mean.data += 0.4
+            values[divergence, space] = made.loss().metrics["divergence"]
+    weight = float(DENOISER.alpha(500) / DENOISER.sigma(500) ** 2)
+    torch.testing.assert_close(values["fisher", "score"], weight**2 * values["fisher", "x0"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(values["huber", "score"], weight * values["huber", "x0"], rtol=1e-4, atol=1e-6)
 
 
 def test_reward_alone_where_the_scores_agree() -> None:
@@ -222,8 +370,17 @@ def test_reward_alone_where_the_scores_agree() -> None:
     with torch.no_grad():
         loss = trainer.method.loss(ctx, batch, trainer.method.phases[0])
         x = trainer.method.generate(ctx, batch).x
+    x.requires_grad_()
     reward = ctx.reward("tiny-pickscore", ctx.decode(x), batch.prompts)
+    (slope,) = torch.autograd.grad(reward.sum(), x)
+    reward = reward.detach()
     torch.testing.assert_close(loss.values, -2.0 * reward, rtol=1e-4, atol=1e-4)
+    trainer.roles.train_only(("student",))
+    sample = trainer.method.generate(ctx, batch)
+    sample.x.retain_grad()
+    trainer.method.student_loss(ctx, batch, sample).values.sum().backward()
+    torch.testing.assert_close(sample.x.grad, -2 * slope, rtol=1e-3, atol=1e-6)
+    assert float(slope.abs().max()) > 1e-5
     torch.testing.assert_close(loss.metrics["reward/tiny-pickscore"], reward, rtol=1e-4, atol=1e-4)
     assert trainer.method.needs.decode and trainer.method.needs.reward
     assert torch.equal(

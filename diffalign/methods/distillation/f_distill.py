@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..adversarial import Adversarial, GanConfig
 from ..base import Loss, Paper, Stats
-from ..score_distill import Sample, ScoreDistill, Time, dm_direction, gap
+from ..score_distill import Sample, ScoreDistill, Share, Time, dm_direction, gap
 
 if TYPE_CHECKING:
     from ...context import Context
@@ -60,6 +60,9 @@ class FDistillConfig(GanConfig):
         ge=0,
         description="divide ratios by their mean over the step in so many bins of time (authors: 10); 0: do not",
     )
+    ratio_memory: Share = Field(
+        0.0, description="share of a bin's mean that is kept from step to step (authors: 0, on ImageNet 0.5)"
+    )
 
 
 class FDistill(Adversarial[FDistillConfig]):
@@ -72,8 +75,8 @@ class FDistill(Adversarial[FDistillConfig]):
         title="One-step Diffusion Models with f-Divergence Distribution Matching",
         arxiv="2502.15681",
         implements="weights of seven f-divergences from the discriminator's ratio, divided by their mean over the step",
-        differs="ratios are divided by their mean in bins of time only on request, and then without memory; student "
-        "and fake score are adapters on the teacher",
+        differs="ratios are divided by their mean in bins of time only on request; the GAN's term is drawn apart from "
+        "the ratio, and weighs as at a mean ratio of 1; student and fake score are adapters on the teacher",
     )
 
     def __init__(self, config: FDistillConfig) -> None:
@@ -88,12 +91,15 @@ class FDistill(Adversarial[FDistillConfig]):
         return "the head that tells the ratio of densities learns from real captioned pictures"
 
     def notes(self) -> list[str]:
-        if not self.config.ratio_bins:
+        config = self.config
+        if not config.ratio_bins:
             return super().notes()
+        thin = "" if config.ratio_memory else ": with few samples in a bin every ratio is 1 and this is DMD2 (see "
+        thin += "" if config.ratio_memory else "method.ratio_memory)"
         return [
             *super().notes(),
-            f"ratios are divided by their mean in {self.config.ratio_bins} bins of time over the step: with few "
-            "samples in a bin every ratio is 1 and this is DMD2; it costs another pass of the student",
+            f"ratios are divided by their mean in {config.ratio_bins} bins of time over the step{thin}; it costs "
+            "another pass of the student",
         ]
 
     def ratio(self, ctx: Context, batch: Batch, sample: Sample) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,11 +120,18 @@ class FDistill(Adversarial[FDistillConfig]):
         table.index_add_(1, self.bins(ctx, t), torch.stack([rho, torch.ones_like(rho)]) * batch.weight)
         return {"ratio": table}
 
+    def remember(self, before: Stats, now: Stats) -> Stats:
+        """The mean ratio of each bin, 1 at first; bins without a sample keep theirs."""
+        if "ratio" not in now:
+            return {}
+        total, count = now["ratio"]
+        kept, rate = before.get("bins", torch.ones_like(total)), self.config.ratio_memory
+        return {"bins": torch.where(count > 0, rate * kept + (1 - rate) * total / count.clamp_min(1e-12), kept)}
+
     def direction(self, ctx: Context, batch: Batch, sample: Sample) -> tuple[Tensor, dict[str, Tensor]]:
         rho, x_t, t = self.ratio(ctx, batch, sample)
-        if "ratio" in ctx.stats:
-            total, count = ctx.stats["ratio"]
-            rho = rho / ((total / count.clamp_min(1e-12))[self.bins(ctx, t)] + 1e-6)
+        if "bins" in ctx.stats:
+            rho = rho / (ctx.stats["bins"][self.bins(ctx, t)] + 1e-6)
         y_fake = self.fake_x0(ctx, x_t, t, sample)
         y_real = self.real_x0(ctx, x_t, t, sample, self.config.guidance)
         return dm_direction(sample.x, y_fake, y_real, self.divisor), {
@@ -130,10 +143,12 @@ class FDistill(Adversarial[FDistillConfig]):
         found = ScoreDistill.student_loss(self, ctx, batch, sample)
         weight = f_weight(self.config.divergence, found.metrics["ratio"])
         found.metrics["f_weight"] = weight
-        term = self.student_term(ctx, batch, sample)
-        if self.config.mean == "none":
-            found.values = weight * found.values + term
-        else:  # the trainer divides by the sum of the weights; the GAN's term has the weight of a ratio of 1
-            found.values = found.values + term * f_weight(self.config.divergence, torch.ones_like(weight)) / weight
+        # in a mean of the step the trainer divides by the sum of the weights; the GAN's term weighs as at a ratio of 1
+        one = f_weight(self.config.divergence, torch.ones_like(weight))
+        scale, share = (weight, torch.ones_like(weight)) if self.config.mean == "none" else (1.0, one / weight)
+        found.values = scale * found.values
+        if self.config.gan_weight:
+            found.values = found.values + share * self.student_term(ctx, batch, sample)
+        if self.config.mean == "step":
             found.weights = found.weights * weight
         return found

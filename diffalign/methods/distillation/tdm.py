@@ -10,8 +10,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from ...errors import UserError
 from ..base import Loss, Paper, on_device
-from ..score_distill import DistillConfig, Sample, ScoreDistill, Share, Time, Window, gap
+from ..score_distill import DistillConfig, Sample, ScoreDistill, Share, Time, Window, gap, times_of
 
 if TYPE_CHECKING:
     from ...context import Context
@@ -129,13 +130,26 @@ class TDM(ScoreDistill[TDMConfig]):
         return self._within(super().critic_window(ctx, sample), sample)
 
     def _within(self, bounds: Window, sample: Sample) -> Window:
+        return [self._segment(k, *bound) for k, bound in zip(sample.steps, bounds, strict=True)]
+
+    def _segment(self, k: int, low: int, high: int) -> tuple[int, int]:
+        """What of the times from ``low`` to ``high`` belongs to the ``k``-th step."""
         times = (*self.config.timesteps, -1)
         clear = CLEAR if self.config.target == "score" else 0
-        found = []
-        for k, (low, high) in zip(sample.steps, bounds, strict=True):
-            top = times[k] if self.config.segments == "separate" else times[0]
-            found.append((max(low, times[k + 1] + 1 + clear), min(high, top - LATEST - 1)))
-        return found
+        top = times[k] if self.config.segments == "separate" else times[0]
+        return max(low, times[k + 1] + 1 + clear), min(high, top - LATEST - 1)
+
+    def check(self, denoiser: Denoiser) -> None:
+        """That every step has times at which the scores are asked."""
+        for name in ("time_range", "critic_range"):
+            low, high = times_of(getattr(self.config, name), denoiser.num_timesteps)
+            for k, time in enumerate(self.config.timesteps):
+                first, last = self._segment(k, low, high)
+                if first > last:
+                    raise UserError(
+                        f"method.{name} ({low} to {high}) leaves no time of the segment of the student's time {time}; "
+                        "widen it"
+                    )
 
     @torch.no_grad()
     def diffused(self, ctx: Context, batch: Batch, sample: Sample, window: Window) -> Diffused:

@@ -187,6 +187,7 @@ def without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
     for section, key in (
         ("model", "path"),
         ("model", "vae"),
+        ("model", "start"),
         ("data", "path"),
         ("data", "cache_dir"),
         ("output", "dir"),

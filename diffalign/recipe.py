@@ -57,7 +57,8 @@ class LoraFile(Section):
 
 class ModelRecipe(Section):
     """Which weights, and how they are held. ``long_prompts``: places of text that prompts are encoded to by segments
-    (LongAlign's 240), so that none is cut at the encoder's 77; null: as the model's own pipeline does."""
+    (LongAlign's 240), so that none is cut at the encoder's 77; null: as the model's own pipeline does. ``loras`` become
+    a part of the base; ``start`` is a LoRA (file, folder or run) that the student alone begins as."""
 
     path: str
     family: Literal["auto", "sd1", "sd2", "sdxl"] = "auto"
@@ -73,6 +74,7 @@ class ModelRecipe(Section):
     storage: Literal["adapters", "copies"] = "adapters"
     lora: LoraRecipe = Field(default_factory=LoraRecipe)
     loras: list[LoraFile] = Field(default_factory=list)
+    start: str | None = None
     attention: Literal["auto", "sdpa", "xformers", "flash"] = "auto"
     gradient_checkpointing: bool = False
     channels_last: bool = False

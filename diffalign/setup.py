@@ -33,7 +33,6 @@ from .data.source import Source, split_heldout
 from .errors import UserError, nearest
 from .facts import recorded
 from .families import Model, load_model, pick_device, pick_dtype
-from .families.extras import Extra
 from .families.quantise import check_quantize
 from .methods import make_method
 from .methods.base import Method
@@ -42,6 +41,7 @@ from .reference import check_reference, reference_errors
 from .rewards import check_rewards, load_rewards
 from .roles import BASE, Roles
 from .shards import check_parallel, make_mesh
+from .start import start_student
 from .trainer import Trainer, plan_slots
 
 
@@ -154,7 +154,7 @@ def build_roles(model: Model, method: Method[Any], recipe: Recipe, dtype: torch.
     modules = {
         name: module.to(model.device) for name, module in build_modules(method, model, recipe.train.seed).items()
     }
-    beside = [name for name, module in modules.items() if isinstance(module, Extra)]
+    beside = all(role in modules for role in method.roles)
     for found, what in (
         (recipe.model.storage == "copies", "model.storage=copies"),
         (recipe.output.merged, "output.merged=true"),
@@ -174,6 +174,8 @@ def build_roles(model: Model, method: Method[Any], recipe: Recipe, dtype: torch.
         reference=method.needs.reference,
         seed=recipe.train.seed,
     )
+    if recipe.model.start is not None:
+        start_student(roles, recipe)
     if recipe.model.storage == "copies" and method.needs.reference:
         roles.networks[BASE].to(dtype)
         if recipe.model.offload and model.device.type != "meta":
@@ -273,11 +275,23 @@ def check_texts(method: Method[Any], name: str, rows: Rows) -> str:
     return "; ".join(said)
 
 
+def check_rates(method: Method[Any], recipe: Recipe) -> None:
+    """Raises UserError when a learning rate is given to a role that the method does not have."""
+    for role in recipe.train.role_lr:
+        if role not in method.roles:
+            raise UserError(
+                f"train.role_lr names no role of {recipe.method.name}: '{role}'{nearest(role, method.roles)}"
+            )
+
+
 def check_students(method: Method[Any], recipe: Recipe, model: Model) -> None:
     """That the method's times lie in the model's schedule, and are of a student that ``model.loras`` brings.
 
     Raises UserError when they do not, or when they have more steps than the student was made for."""
     record = method.sampling(model.scheduler_config)
+    begun = recorded(recipe.model.start) if recipe.model.start is not None else None
+    if begun is not None:
+        begun.check_base(model.scheduler_config, str(recipe.model.start))
     for lora in recipe.model.loras if record is not None else ():
         made = recorded(lora.path)
         if made is not None:
@@ -299,11 +313,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     for note in method.notes():
         say(f"note: {note}")
     check_rewards(method)
-    for role in recipe.train.role_lr:
-        if role not in method.roles:
-            raise UserError(
-                f"train.role_lr names no role of {recipe.method.name}: '{role}'{nearest(role, method.roles)}"
-            )
+    check_rates(method, recipe)
     world = accelerator.num_processes
     check_parallel(recipe, method, world)
     check_quantize(recipe.model.quantize, recipe.model.storage)
@@ -357,6 +367,8 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     )
     heldout = Source(cache, held, recipe.train.seed, uncond, group=method.group) if held else None
     method.users = tuple(cache.rows.users)
+    if method.needs.counts:
+        method.counts = cache.rows.prompt_counts()
     roles = build_roles(model, method, recipe, dtype)
     if recipe.data.cache:
         model.release_encoders()  # a method may have asked them

@@ -18,7 +18,7 @@ HERE = "PATH/OF/THIS/FOLDER"
 PIPELINES = {"sdxl": "StableDiffusionXLPipeline"}  # every other family: StableDiffusionPipeline
 
 
-Form = Literal["lora", "pipeline", "kohya", "extra"]
+Form = Literal["lora", "pipeline", "kohya", "extra", "scorer"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def training_table(facts: Facts) -> dict[str, object]:
         "rows": facts.rows,
         **{f"method.{k}": v for k, v in method.items() if k != "name"},
     }
-    lora = model.get("lora") if model.get("storage") == "adapters" and facts.kind != "extra" else None
+    lora = model.get("lora") if model.get("storage") == "adapters" and facts.kind in ("lora", "pipeline") else None
     if lora:
         alpha = lora.get("alpha") or lora.get("rank")
         table |= {"LoRA rank": lora.get("rank"), "LoRA alpha": alpha, "LoRA targets": lora.get("targets")}
@@ -86,8 +86,8 @@ def training_table(facts: Facts) -> dict[str, object]:
 
 
 def card(facts: Facts, form: Form, place: Place | None = None) -> str:
-    """The model card as Markdown. ``form`` is what the folder holds: a diffusers LoRA, a pipeline, a kohya LoRA, or
-    parts beside the U-Net."""
+    """The model card as Markdown. ``form`` is what the folder holds: a diffusers LoRA, a pipeline, a kohya LoRA, parts
+    beside the U-Net, or a scorer."""
     place = place or Place()
     model = facts.recipe.get("model") or {}
     base = place.shown(facts.base or "THE/BASE") if place.shared or not facts.base else local_path(facts.base)

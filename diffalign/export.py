@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -12,6 +12,7 @@ from torch import nn
 
 from .card import card
 from .checkpoint import write_atomic
+from .eval.spm import StepAware
 from .facts import FACTS, Facts, SamplingRecord
 from .families import load_model, save_lora, save_merged
 from .families.extras import save_extra
@@ -19,6 +20,7 @@ from .recipe import ModelRecipe
 from .validate import averaged
 
 if TYPE_CHECKING:
+    from .roles import Roles
     from .run import Run
     from .setup import Parts
     from .trainer import Trainer
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
 
 def export_run(parts: Parts, trainer: Trainer, run: Run) -> Path:
     """Write ``run.model``: LoRA, parts beside the U-Net or whole pipeline of the student, other built roles, card and
-    diffalign.json.
+    diffalign.json; where no student but a scorer is trained, that scorer.
 
     With ``output.merged`` a LoRA run also writes ``merged/``, a whole pipeline with the LoRA folded in. A few-step
     student's scheduler goes along."""
     folder, recipe, roles = run.model, parts.recipe, trainer.roles
     record = parts.method.sampling(parts.model.scheduler_config)
+    if "student" not in roles.names:
+        return export_scorer(parts, trainer, run)
     with averaged(trainer):
         whole = roles.whole("student", keep=trainer.rank == 0)
         if whole is None:  # this process only came along because the network is sharded
@@ -57,6 +61,18 @@ def export_run(parts: Parts, trainer: Trainer, run: Run) -> Path:
     return folder
 
 
+def export_scorer(parts: Parts, trainer: Trainer, run: Run) -> Path:
+    """Write ``run.model`` of a run whose only trained role is a preference model: what ``--scorers spm=RUN`` takes."""
+    (model,) = trainer.roles.modules.values()
+    assert isinstance(model, StepAware)
+    with averaged(trainer):
+        model.save(run.model)
+    facts = facts_of(parts, run, None)
+    write_atomic(run.model / FACTS, facts.text())
+    write_atomic(run.model / "README.md", card(facts, "scorer"))
+    return run.model
+
+
 def original_unet(recipe: ModelRecipe) -> nn.Module:
     """The base's U-Net as its files have it, fused LoRAs included: what a quantised one cannot give back."""
     plain = recipe.model_copy(update={"quantize": "none"})
@@ -70,7 +86,7 @@ def facts_of(parts: Parts, run: Run, record: SamplingRecord | None) -> Facts:
     return Facts(
         name=recipe.name,
         description=recipe.description,
-        kind="extra" if roles.extras else "lora" if roles.lora is not None else "pipeline",
+        kind=kind_of(roles),
         family=parts.model.family,
         base=recipe.model.path,
         method=recipe.method.name,
@@ -84,6 +100,13 @@ def facts_of(parts: Parts, run: Run, record: SamplingRecord | None) -> Facts:
         sampling=record,
         recipe=recipe.dump(),
     )
+
+
+def kind_of(roles: Roles) -> Literal["lora", "pipeline", "extra", "scorer"]:
+    """What a run's ``model/`` is."""
+    if "student" not in roles.names:
+        return "scorer"
+    return "extra" if roles.extras else "lora" if roles.lora is not None else "pipeline"
 
 
 def save_scheduler(record: SamplingRecord | None, folder: Path) -> None:

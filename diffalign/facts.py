@@ -6,6 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import UserError
 
 FACTS = "diffalign.json"  # what is known of weights, beside them
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 Json = dict[str, Any]  # a JSON object
 RENOISING = {"LCMScheduler"}  # these draw new noise at every step, whatever eta says
 
@@ -153,17 +155,17 @@ def student_record(
 class Facts(BaseModel):
     """diffalign.json. What an older or foreign file does not say is None or empty.
 
-    ``kind``: a LoRA, a whole pipeline, or parts beside a U-Net (soft tokens, user attention). ``base`` is the model's
-    path or hub id; ``scheduler`` the class of the base's own scheduler; ``rows`` what it was trained on, ``prompt`` one
-    of them; ``heldout`` the last held-out numbers; ``data`` a hash of the data; ``export`` the format of a copy that
-    `diffalign export` wrote."""
+    ``kind``: a LoRA, a whole pipeline, parts beside a U-Net (soft tokens, user attention), or a scorer. ``base`` is the
+    model's path or hub id; ``scheduler`` the class of the base's own scheduler; ``rows`` what it was trained on,
+    ``prompt`` one of them; ``heldout`` the last held-out numbers; ``data`` a hash of the data; ``export`` the format of
+    a copy that `diffalign export` wrote."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     format: int = 2
     name: str = "model"
     description: str = ""
-    kind: Literal["lora", "pipeline", "extra"] = "lora"
+    kind: Literal["lora", "pipeline", "extra", "scorer"] = "lora"
     family: str | None = None
     base: str | None = None
     method: str | None = None
@@ -209,16 +211,32 @@ def read_facts(folder: Path) -> Facts | None:
     raise UserError(f"'{file}' is damaged ({reason}); restore or delete it")
 
 
-def recorded(model: str, lora: str | None = None) -> SamplingRecord | None:
-    """The sampler of a LoRA (file, folder or run's folder), else of a model (folder or run's folder); None without one.
+def find_facts(source: str, revision: str | None = None) -> Facts | None:
+    """What is known of weights: in a folder or a run's folder, beside a file, or in a hub repository; None of others.
 
     Raises UserError when a diffalign.json is damaged."""
-    for text in (lora, model):
-        place = Path(text).expanduser() if text else None
-        if place is None or not place.exists():
-            continue
-        for folder in (place.parent,) if place.is_file() else (place, place / "model"):
-            facts = read_facts(folder)
-            if facts is not None and facts.sampling is not None:
-                return facts.sampling
+    place = Path(source).expanduser()
+    if place.exists():
+        places = (place.parent,) if place.is_file() else (place, place / "model")
+        return next(filter(None, map(read_facts, places)), None)
+    if not re.fullmatch(HUB_ID, source) or place.parent.is_dir():
+        return None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return read_facts(Path(hf_hub_download(source, FACTS, revision=revision)).parent)
+    except (HfHubHTTPError, LocalEntryNotFoundError):  # it has none; whoever opens the weights says what else is wrong
+        return None
+
+
+def recorded(model: str, lora: str | None = None, revision: str | None = None) -> SamplingRecord | None:
+    """The sampler of a LoRA (file, folder, run's folder or hub id), else of a model (folder, run's folder, or hub id at
+    a revision); None without one.
+
+    Raises UserError when a diffalign.json is damaged."""
+    for source, at in ((lora, None), (model, revision)):
+        facts = find_facts(source, at) if source else None
+        if facts is not None and facts.sampling is not None:
+            return facts.sampling
     return None

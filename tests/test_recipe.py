@@ -44,8 +44,10 @@ def test_a_builtin_recipe_loads_and_comes_back(name: str, tmp_path: Path) -> Non
 
 
 def test_every_method_has_a_recipe_for_a_real_model_and_the_tiny_world() -> None:
+    groups = {row["name"]: row["group"] for row in diffalign.list_methods()}
     for method in method_modules():
-        assert {f"sd15/{method}", f"sdxl/{method}"} & set(BUILTIN), method
+        real = {f"sd15/{method}", f"sdxl/{method}", f"{method}/sd15"} & set(BUILTIN)
+        assert len(real) == 2 if groups[method] == "distillation" else real, method
         # the shipped pairs have labels and no scores
         assert f"tiny/{method}" in BUILTIN or "chosen_score" in make_method(method, {}).needs.columns, method
     assert set(diffalign.list_recipes()) == set(BUILTIN)
@@ -147,6 +149,18 @@ SHEET: dict[str, dict[str, Any]] = {
     # no numbers of the authors: those of SD2.1 with the changes of the SDXL launcher
     "sdxl/dcpo": {**SHARED, **LAUNCHER, **XL, "method.name": "dcpo", "method.beta": 500}
     | {"train.batch": 128 * 8, "train.lr": 1e-8 * 128 * 8, "data.caption_dropout": 0.0},
+    # online sheet, 1A; one GPU of four has 16 pairs
+    **{
+        f"spm/{family}": {"method.name": "spm", "method.start": "yuvalkirstain/PickScore_v1", "method.guidance": 5.0}
+        | {"train.lr": lr, "train.steps": steps, "train.batch": 16 * 4, "train.warmup": 500, "train.seed": 42}
+        | {"train.schedule": "linear", "train.weight_decay": 0.3, "train.max_grad_norm": 1.0, "data.ties": "keep"}
+        | {"data.posterior": "sample", "data.resolution": side, "data.scorer": scorer, "method.labels": labels}
+        | {"data.path": "yuvalkirstain/pickapic_v1", "method.threshold": 0.1}
+        for family, lr, steps, side, labels, scorer in (
+            ("sd15", 3e-6, 8000, 512, "data", None),
+            ("sdxl", 1e-6, 7000, 1024, "scores", "pickscore"),
+        )
+    },
     # online sheet, 2B: the released concept script; both sizes the same but for the resolution
     **{
         f"{family}/pso": {**SHARED, **LORA, "method.name": "pso", "method.beta": 5.0, "model.lora.rank": 16}
@@ -171,26 +185,45 @@ SHEET: dict[str, dict[str, Any]] = {
         for name, more in (
             ("dmd2", {"method.gan_weight": 0.0}),
             ("decoupled_dmd", {"method.schedule": "hybrid", "method.relative_floor": 0.1}),
-            ("f_distill", {"method.divergence": "js", "method.gan_weight": 5e-3}),
+            ("f_distill", {"method.divergence": "js", "method.gan_weight": 5e-3, "method.gan_features": "base"}),
+            # 8: and the divergence's own settings
             (
                 "diff_instruct",
-                {
-                    "method.timesteps": [399],
-                    "method.guidance": 7.5,
-                    "method.critic_steps": 1,
-                    "method.reward": "hpsv21",
-                },
+                {"method.timesteps": [399], "method.guidance": 7.5, "method.critic_steps": 1}
+                | {"method.reward": "hpsv21", "method.divergence": "huber", "method.start": "unit"},
             ),
+            # 3.3's one step of SDXL, which needs a regression, in DMD's order (2)
+            (
+                "dmd",
+                {"method.timesteps": [399], "method.critic_steps": 1, "method.regression_weight": 0.25}
+                | {"method.start": "unit", "method.batches": "reuse"},
+            ),
+        )
+    },
+    # 3.8: the toolkit's DMD2 for SD1.5, which 7 builds on; 3.4's GAN weight
+    "sd15/f_distill": {**SHARED, **DISTIL, "model.storage": "copies", "method.timesteps": [999]}
+    | {"method.guidance": 1.75, "method.critic_steps": 10, "method.start": "sigma", "train.lr": 1e-5}
+    | {"train.batch": 64 * 32, "method.gan_weight": 1e-3, "method.divergence": "js", "data.resolution": 512},
+    # 4.4 and 8 for what is theirs; the rest is ours
+    **{
+        f"sd15/{name}": {**SHARED, **DISTIL, "model.lora.rank": 64, "model.lora.alpha": 8, "train.lr": 5e-5}
+        | {"train.role_lr.fake": 1e-4, "data.resolution": 512}
+        | more
+        for name, more in (
+            ("decoupled_dmd", {"method.schedule": "hybrid", "method.timesteps": [999, 749, 499, 249]}),
+            ("diff_instruct", {"method.divergence": "kl", "method.guidance": 7.5, "method.normalise": "none"}),
         )
     },
     # distillation sheet 5.5 and 5.7 (36.7k steps of 512; half-life of 50,000 pictures), 5.6, 24.4 and 29.3
     "sd15/sid": {"model.storage": "copies", "data.resolution": 512, "train.steps": 36700, "train.batch": 512}
     | {"train.lr": 1e-6, "train.betas": [0.0, 0.999], "train.eps": 1e-8, "train.weight_decay": 0.0}
     | {"train.ema": 0.9929, "train.warmup": 0, "method.timesteps": [625], "method.start": "sigma"}
-    | {"method.guidance": 1.5, "method.alpha": 1.0, "method.name": "sid"},
+    | {"method.guidance": 1.5, "method.alpha": 1.0, "method.name": "sid", "train.precision": "fp32"}
+    | {"method.text_dropout": 0.1, "train.max_grad_norm": None},
     "sdxl/sid": {"model.storage": "adapters", "model.lora.rank": 64, "model.lora.alpha": 8, "train.batch": 256}
     | {"train.betas": [0.0, 0.999], "train.lr": 5e-5, "train.role_lr.fake": 1e-4, "method.guidance": 4.5}
-    | {"method.timesteps": [999, 749, 499, 249], "method.start": "unit", "data.resolution": 1024},
+    | {"method.timesteps": [999, 749, 499, 249], "method.start": "unit", "data.resolution": 1024}
+    | {"method.text_dropout": 0.0},  # 5.6: context dropout off in the few-step launcher
     # distillation sheet 6.5 (the demo) and 29.4; for SDXL 24.4 and 29.3
     "sd15/tdm": {"model.storage": "copies", "data.resolution": 512, "train.batch": 64, "train.lr": 4e-6}
     | {"train.role_lr.fake": 2e-5, "train.betas": [0.0, 0.95], "train.weight_decay": 1e-2, "train.warmup": 50}

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from eval_tiny import write_tiny_clip
 from peft import LoraConfig
 from tiny import SD_SCHEDULE, tiny_unet, tiny_vae
 from torch import Tensor, nn
@@ -30,6 +33,7 @@ from diffalign.trainer import Trainer
 
 WIDTH, TOKENS = 16, 5
 USERS = ("ann", "bob", "cem")
+SAMPLED = {"reward": "tiny-pickscore", "members": 2, "steps": 2, "guidance": 1.0}
 
 
 class Rows:
@@ -104,6 +108,13 @@ def _vae() -> Any:
     return tiny_vae().requires_grad_(False)
 
 
+@functools.cache
+def small_clip() -> str:
+    """The folder of a random CLIP of few weights, whose scale does not make fp16's losses overflow."""
+    folder = Path(os.environ["DIFFALIGN_CACHE"]) / "small-clip"
+    return str(folder if (folder / "config.json").is_file() else write_tiny_clip(folder, tau=5.0))
+
+
 def tools(method: Method[Any], prompts: Sequence[str] = ()) -> dict[str, Any]:
     """What a method's context holds besides: a VAE's decoder (8 x 8 latents, 64 px), and its scorers."""
     cpu, found = torch.device("cpu"), {}
@@ -119,6 +130,12 @@ def family() -> Any:
     return SimpleNamespace(unet=unet, encode_prompts=lambda texts: text, **settings)
 
 
+@functools.cache
+def shared_family() -> Any:
+    """One for all trainers, which only read it."""
+    return family()
+
+
 def make_trainer(
     method: Method[Any],
     *,
@@ -132,7 +149,7 @@ def make_trainer(
 ) -> Trainer:
     settings = TrainRecipe(**{"batch": 4, "lr": 1e-3, "seed": seed, "steps": 100} | train)
     method.users = USERS
-    modules = build_modules(method, family(), seed)
+    modules = build_modules(method, shared_family(), seed)
     names = [role for role in method.roles if role not in modules]
     roles = make_roles(
         names, storage, modules=modules, checkpointing=checkpointing, reference=method.needs.reference, seed=seed
@@ -151,8 +168,28 @@ def warm(trainer: Trainer, steps: int = 2) -> Trainer:
     return trainer
 
 
-def batch_of(trainer: Trainer, rows: Sequence[int] = (0, 1, 2, 3)) -> Batch:
+def stirred(trainer: Trainer) -> Trainer:
+    """The same away from any neutral start without the steps: every trained tensor moves a little."""
+    with torch.no_grad():
+        for role in trainer.optimizers:
+            for name, p in trainer.roles.named_parameters(role).items():
+                p.add_(5e-3 * keyed.normal((p.numel(),), "stirred", role, name).view_as(p))
+    return trainer
+
+
+def rows_of(trainer: Trainer, rows: Sequence[int] = (0, 1, 2, 3)) -> Batch:
     return trainer.source.load(list(rows), [0] * len(rows))
+
+
+def batch_of(trainer: Trainer, rows: Sequence[int] = (0, 1, 2, 3)) -> Batch:
+    """What a loss is given for these rows: the rows, or of an online method one item of each row's samples."""
+    batch, method = rows_of(trainer, rows), trainer.method
+    if not method.online:
+        return batch
+    with torch.no_grad():
+        found = method.collect(trainer.ctx, batch)
+    trainer.ctx.stats = dict(found.stats)
+    return found.take([found.row.index(row) for row in range(len(rows))])
 
 
 def weights(trainer: Trainer) -> list[Tensor]:
@@ -219,6 +256,7 @@ def every_method() -> list[Method[Any]]:
         "softrepa": {"group": 2, "times": 100, "temperature": 1.0},  # errors near 1: at 0.07 the contrast vanishes
         "kto": {"beta": 100.0},
         "rankdpo": {"beta": 100.0},
+        "spm": {"start": small_clip()},
         "capo": {"beta": 100.0},
         "ppd": {"beta": 100.0, "user_dropout": 0.25},
         "dmd": {"regression_weight": 0.0},  # its rows are of `pairs teacher`
@@ -228,6 +266,9 @@ def every_method() -> list[Method[Any]]:
         "dmd2": {"timesteps": [999, 499], "critic_steps": 1, "gan_weight": 0.1, "gan_width": 8, "step_fake": True},
         "decoupled_dmd": {"timesteps": [999], "critic_steps": 1},
         "f_distill": {"timesteps": [999], "critic_steps": 1, "gan_width": 8},
+        "ddpo": {**SAMPLED, "clip": 0.2},
+        "grpo": {**SAMPLED, "clip": 0.2, "kl": 0.1},
+        "d3po": {**SAMPLED, "beta": 10.0},
         "diff_instruct": {"timesteps": [399], "reward": "tiny-pickscore", "reward_weight": 0.1},
     }
     return [make_method(name, moderate.get(name, {})) for name in method_modules()] + [TwoRole(TwoRoleConfig())]

@@ -11,6 +11,7 @@ import math
 import operator
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -331,6 +332,13 @@ class Packed(Sequence[R], Generic[R]):
             mine = first[np.searchsorted(first, start) : np.searchsorted(first, start + len(texts))] - start
             yield [texts[i] for i in mine.tolist()]
             start += len(texts)
+
+    def prompt_counts(self) -> Counter[str]:
+        """How many rows have a prompt, by the prompt."""
+        counts: Counter[str] = Counter()
+        for batch in self.batches():
+            counts.update(batch.column("prompt").to_pylist())
+        return counts
 
     def _prompts(self) -> Iterator[list[str]]:
         """The prompts of all rows, a list a batch."""

@@ -54,6 +54,8 @@ def find_lora(path: str, weight_name: str | None = None) -> Path:
 
 def _in_folder(folder: Path, path: str, weight_name: str | None) -> Path:
     for place in (folder, folder / "model"):
+        if (place / "step_aware.safetensors").is_file():
+            raise UserError(f"'{path}' is a preference model, no LoRA; score with it: --scorers spm={path}")
         if weight_name:
             if (place / weight_name).is_file():
                 return place / weight_name

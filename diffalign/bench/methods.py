@@ -2,7 +2,8 @@
 
 All get the same budget of U-Net work (:mod:`.units`) and are judged on the same held-out prompts and noise
 (:mod:`.judge`), beside three controls: the base itself, fine-tuning on the chosen pictures (``sft``), and ``tiny/dpo``
-with shuffled labels. A row is a recipe ``tiny/NAME`` on tiny-sd: a new method or recipe joins by being there.
+with shuffled labels. A row is a recipe ``tiny/NAME`` on tiny-sd: a new method or recipe joins by being there. Few-step
+students are judged at each number of steps, beside the teacher and plain DDIM (:mod:`.students`).
 
 Each row and seed is a process of its own on one thread. Its result is a file named by a hash of its settings: the
 recipe, the seed, the budget and the shipped files that it reads. What is there is not run again, unless the code of the
@@ -141,7 +142,7 @@ def measure_methods(plan: Plan) -> MethodsReport:
     if any(isinstance(job, StudentJob) for job in wanted):
         wanted += company.references.values()
     missing = [job for job in wanted if not is_done(job)]
-    missing += [job for job in company.beneath(missing) if job not in missing]
+    missing += [job for job in company.beneath(missing, is_done) if job not in missing]
     # seeds in turn, so that a table of fewer seeds is there early; what others go on from comes first
     missing.sort(key=lambda job: job.seed)
     failed: dict[str, str] = {}

@@ -38,7 +38,8 @@ EXPLAINED = (
     "intervals: 95 %, bootstrap over prompts; wins: against the base, ties one half; shapes, diversity: change of "
     "single objects (0.03 may be lost); pictures a step: through the U-Net, forward+backward by role; units: 1 forward "
     "+ 2 backward a picture; CPU: processor seconds, which other programs do not disturb; peak: resident memory beyond "
-    "the libraries. †: this row's data were made with this judge's scores."
+    "the libraries. †: this row's data were made with this judge's scores. Few-step "
+    "students are drawn at their own steps here, and judged by the table over steps."
 )
 
 

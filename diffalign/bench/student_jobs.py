@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -37,14 +37,14 @@ class Company:
         """Those that are no row of a method."""
         return [*self.references.values(), *self.pairs.values()]
 
-    def beneath(self, missing: Sequence[Job]) -> list[Job]:
-        """What ``missing`` trainings go on from and is not there; it may have been done before, and thrown away."""
-        found: dict[str, Job] = {}
+    def beneath(self, missing: Sequence[Job], done: Callable[[Job], bool]) -> list[Job]:
+        """What ``missing`` trainings go on from and is not there: not ``done``, or done and thrown away since."""
+        found: list[Job] = []
         for job in missing:
             for place, made in ((getattr(job, "pairs", ""), self.pairs), (getattr(job, "start", ""), self.starts)):
-                if place and not (Path(place).is_dir() and Path(made[place].result).is_file()):
-                    found[made[place].key + str(made[place].seed)] = made[place]
-        return list(found.values())
+                if place and made[place] not in found and not (Path(place).is_dir() and done(made[place])):
+                    found.append(made[place])
+        return found
 
 
 def with_students(recipes: Mapping[str, Recipe], jobs: dict[str, list[Job]], out: Path) -> Company:

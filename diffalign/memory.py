@@ -28,12 +28,15 @@ class Memory:
     """Bytes on the device of one process.
 
     ``parts`` is what stays while training, by part; ``activities`` the most at any moment of each activity, with what
-    stays; ``peak`` the largest of them. ``flops`` is one training step's work on this process, ``calls`` the samples
-    that it sends through the U-Net by role. ``whole`` is False where the method's loss could not be simulated as it is.
+    stays; ``peak`` the largest of them. ``phases`` has the short-lived bytes (``activations``) of a micro-batch and the
+    work (``flops``) in a training step of each phase, all repeats together. ``flops`` is one training step's work on
+    this process, ``calls`` the samples that it sends through the U-Net by role. ``whole`` is False where the method's
+    loss could not be simulated as it is.
     """
 
     parts: dict[str, int]
     activations: int
+    phases: dict[str, dict[str, float]]
     activities: dict[str, int]
     peak: int
     flops: float
@@ -123,6 +126,7 @@ def estimate(
     micro = min(recipe.train.micro_batch or share, share)
     slots = plan_slots(method)
     used: dict[str, Usage] = {}
+    known: dict[object, tuple[int, float, int]] = {}
     for slot in slots:
         if slot.phase.name not in used:
             used[slot.phase.name] = simulate_phase(
@@ -136,9 +140,15 @@ def estimate(
                 norms=cuda,
                 holds=recipe.model.quantize == "8bit",
                 decoder=model.decode_with_gradient if method.needs.decode else None,
+                known=known,
             )
     calls = sum((Counter(used[slot.phase.name].calls) for slot in slots), Counter[str]())
     step = max(usage.peak for usage in used.values())
+    repeats = Counter(slot.phase.name for slot in slots)
+    phases = {
+        name: {"activations": usage.peak, "flops": repeats[name] * usage.flops * share / micro}
+        for name, usage in used.items()
+    }
     if recipe.model.offload and roles.lora is None and BASE in roles.networks:
         step += weight_bytes(roles.networks[BASE], dtype)  # on the device while it is called
     if recipe.train.parallel == "fsdp":
@@ -155,9 +165,10 @@ def estimate(
     return Memory(
         parts,
         step,
+        phases,
         activities,
         max(activities.values()),
-        sum(used[slot.phase.name].flops for slot in slots) * share / micro,
+        sum(phase["flops"] for phase in phases.values()),
         {role: count * share // micro for role, count in calls.items()},
         all(usage.whole for usage in used.values()),
     )

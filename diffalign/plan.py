@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+import torch.utils.checkpoint
+from torch import Tensor, nn
 
 from .data.batch import Cond
 from .data.cache import cache_plan
@@ -32,7 +34,9 @@ from .setup import (
     autocast_dtype,
     build_roles,
     check_groups,
+    check_rates,
     check_rows,
+    check_students,
     check_texts,
     count_long_prompts,
     load_base,
@@ -40,7 +44,7 @@ from .setup import (
     rows_for,
 )
 from .shards import check_parallel
-from .simulate import META
+from .simulate import META, CudaLike
 from .trainer import plan_slots
 
 if TYPE_CHECKING:
@@ -115,7 +119,9 @@ class Plan:
         table.add_row("checkpoint", size(self.checkpoint_bytes))
         for part, count in self.memory["parts"].items():
             table.add_row(f"memory: {part}", size(count))
-        table.add_row("memory: activations", f"{size(self.memory['activations'])} at most in a micro-batch")
+        for phase, took in self.memory["phases"].items():
+            share = f", {took['flops'] / self.flops_per_step:.0%} of a step's work" if self.flops_per_step else ""
+            table.add_row(f"memory: activations, {phase}", f"{size(took['activations'])} in a micro-batch{share}")
         for activity, count in self.memory["activities"].items():
             table.add_row(f"peak: {activity}", size(count))
         card = f" of {size(self.card_bytes)}: {'fits' if self.fits else 'DOES NOT FIT'}" if self.card_bytes else ""
@@ -160,6 +166,7 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
     method = make_method_of(recipe)
     device = torch.device("cuda") if card else pick_device(recipe.train.device)
     notes = check_plan(recipe)
+    check_rates(method, recipe)
     found, report = rows_for(recipe, method)
     rows = found.gather() if isinstance(found, Stream) else found
     check_curriculum(rows, recipe.data)
@@ -187,6 +194,9 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
         torch.bfloat16 if card and recipe.train.precision == "auto" else autocast_dtype(recipe.train.precision, device)
     )
     method.check(model.denoiser())
+    check_students(method, recipe, model)
+    if method.needs.decode:
+        model.keep_vae(recipe.model.gradient_checkpointing)
     networks = {"unet": model.unet, **dict(zip(encoder_names(model), model.encoders(), strict=True))}
     parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     check_groups(recipe, method, world)
@@ -323,6 +333,24 @@ class MetaModel(Model):
     def encoders(self) -> tuple[nn.Module, ...]:
         """VAE first, then the text encoders."""
         return self._encoders
+
+    def decode_with_gradient(self, latents: Tensor) -> Tensor:
+        """As of any model, with the attention that a GPU has."""
+        with CudaLike(None):
+            images = self.vae.decode(latents).sample
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    def keep_vae(self, checkpointing: bool = False) -> None:
+        """With ``checkpointing`` its decoder recomputes in the backward pass."""
+
+        def run(module: nn.Module, *args: Any) -> Any:
+            def contexts() -> tuple[Any, Any]:
+                return nullcontext(), CudaLike(None)
+
+            return torch.utils.checkpoint.checkpoint(module.__call__, *args, use_reentrant=False, context_fn=contexts)
+
+        if checkpointing:
+            self.vae.enable_gradient_checkpointing(run)
 
 
 def meta_model(model: Model) -> MetaModel:

@@ -25,13 +25,15 @@ from torch.utils.flop_counter import flop_registry
 
 from .context import Context, draw_key
 from .data.batch import Batch, Cond
+from .data.teacher import MARK
 from .denoiser import Denoiser
 from .eval.scorers import parse_scorers
 from .methods.base import Method, Phase
-from .roles import Roles
+from .roles import BASE, Roles
 
 META = torch.device("meta")
 LATENTS = {"pair": ("chosen", "rejected"), "image": ("image",), "rated": ("image",), "prompt": ()}
+Known = dict[object, tuple[int, float, int]]
 fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -236,12 +238,13 @@ class _Middle(np.random.Generator):
 class _Context(Context):
     """The context of a simulated step.
 
-    A call without gradient leaves nothing behind, so that it is run once; its like are added up."""
+    A call without gradient leaves nothing behind, so that one is run for all of its kind, and fewer rows count their
+    share of it. ``known``: rows, operations and highest bytes by kind, for all phases."""
 
     modes: Callable[[], AbstractContextManager[object]] = nullcontext
     live: Live
     calls: Counter[str]
-    known: dict[object, tuple[torch.Size, float, int]]
+    known: Known
 
     def casting(self) -> AbstractContextManager[object]:
         return self.modes()
@@ -255,18 +258,21 @@ class _Context(Context):
     ) -> Tensor:
         if torch.is_grad_enabled():
             return super().model(role, x_t, t, cond, guidance, uncond)
-        live, key = self.live, (role, x_t.shape, cond.embeds.shape, guidance == 1.0)
-        if key not in self.known:
-            now, peak, flops = live.now, live.peak, live.flops
+        # adapters have one size, and so have copies
+        live, key = self.live, (role == BASE, x_t.shape[1:], cond.embeds.shape[1:], guidance == 1.0)
+        rows, flops, peak = self.known.get(key, (0, 0.0, 0))
+        if len(x_t) > rows:
+            now, highest, done = live.now, live.peak, live.flops
             live.peak = now
-            shape = super().model(role, x_t, t, cond, guidance, uncond).shape
-            self.known[key] = shape, live.flops - flops, live.peak - now
-            live.peak = max(peak, live.peak)
+            super().model(role, x_t, t, cond, guidance, uncond)
+            self.known[key] = len(x_t), live.flops - done, live.peak - now
+            live.peak = max(highest, live.peak)
         else:
+            share = len(x_t) / rows
             self.calls[role] += len(x_t) * (1 if guidance == 1.0 else 2)
-            live.flops += self.known[key][1]
-            live.peak = max(live.peak, live.now + self.known[key][2])
-        return torch.empty(self.known[key][0], device=META)
+            live.flops += share * flops
+            live.peak = max(live.peak, live.now + int(share * peak))
+        return torch.empty(x_t.shape, device=META)
 
 
 def checkpoint_under(roles: Roles, modes: Callable[[], AbstractContextManager[object]]) -> None:
@@ -303,6 +309,7 @@ def simulate_phase(
     norms: bool = True,
     holds: bool = False,
     decoder: Callable[[Tensor], Tensor] | None = None,
+    known: Known | None = None,
 ) -> Usage:
     """One micro-batch of ``rows`` through ``phase``: loss and backward.
 
@@ -313,6 +320,7 @@ def simulate_phase(
         rows: pairs, or images of methods on images.
         autocast, norms, holds: see `CudaLike`.
         decoder: of methods that decode. What rewards take is not counted.
+        known: what calls without gradient took in other phases of these roles.
     """
     steps = getattr(method.config, method.repeated) if method.repeated else 0
     if steps > 2:
@@ -346,7 +354,7 @@ def simulate_phase(
     try:
         with torch.device(META):
             ctx = _Context(roles, denoiser, 0, META, shapes.cond(1), phase=phase.name, latent_shape=shapes.latents)
-            ctx.modes, ctx.calls, ctx.known = modes, calls, {}
+            ctx.modes, ctx.calls, ctx.known = modes, calls, {} if known is None else known
             ctx.decoder = decoder
             ctx.rewards = dict.fromkeys(parse_scorers(method.rewards()), _reward) if method.needs.reward else {}
             batch = _batch(method, phase, shapes, rows)
@@ -360,7 +368,7 @@ def simulate_phase(
                     total = (loss.values * loss.weights).sum()
             except (RuntimeError, NotImplementedError):  # a loss that looks at numbers
                 whole, live = False, Live(spare)
-                ctx.live, ctx.known = live, {}
+                ctx.live = live
                 calls.clear()
                 with live:
                     total = _calls(method, ctx, phase, shapes, rows)
@@ -388,11 +396,11 @@ def picture_names(method: Method[Any], shapes: Shapes) -> tuple[str, ...]:
 
 
 def _batch(method: Method[Any], phase: Phase, shapes: Shapes, rows: int) -> Batch:
-    """A micro-batch of nothing."""
+    """A micro-batch of nothing; its ids would say a teacher's noise, which some methods make anew of them."""
     names = picture_names(method, shapes)
     scores = [f"score_{k}" for k in range(len(names))] if method.needs.batch == "ranked" else []
     return Batch(
-        tuple(str(i) for i in range(rows)),
+        tuple(f"{MARK}|0|0|{i}" for i in range(rows)),
         (0,) * rows,
         {name: torch.empty(rows, *shapes.latents) for name in names},
         {"prompt": shapes.cond(rows)},

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,11 +30,10 @@ from diffusers import (
 )
 
 from diffalign.errors import UserError
-from diffalign.facts import FACTS, SamplingRecord, read_facts, recorded, student_record
-from diffalign.families.folder import HUB_ID
+from diffalign.facts import SamplingRecord, recorded, student_record
 from diffalign.families.lora import find_lora, load_lora
 from diffalign.families.schedulers import recorded_scheduler
-from diffalign.pipelines.spec import allowed_guidance
+from diffalign.pipelines.spec import BASE_GUIDANCE, BASE_STEPS, allowed_guidance
 
 ADAPTER = "student"
 
@@ -106,7 +104,7 @@ class FewStepPipeline(DiffusionPipeline):
         Raises UserError where nothing is recorded."""
         if self._record is None:
             source = str(self.config.get("_name_or_path") or "")
-            self._record = find_record(source)
+            self._record = recorded(source) if source else None
             if self._record is None:
                 raise UserError(
                     f"'{source or 'this pipeline'}' records no few-step sampler; load a student with "
@@ -122,7 +120,7 @@ class FewStepPipeline(DiffusionPipeline):
         """A student's LoRA (file, folder, run's folder or hub id) at ``weight``, with its record; returns the pipeline.
 
         Raises UserError when it is no LoRA that fits this base, or records no sampler."""
-        record = find_record(path)
+        record = recorded(path)
         if record is None:
             raise UserError(f"'{path}' records no few-step sampler; is it a student that diffalign distilled?")
         record.check_base(self.scheduler.config, path)
@@ -159,8 +157,8 @@ class FewStepPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         base_first: int = 0,
-        base_steps: int = 20,
-        base_guidance: float = 7.0,
+        base_steps: int = BASE_STEPS,
+        base_guidance: float = BASE_GUIDANCE,
         **options: Any,
     ) -> Any:
         """Draws, and returns what the family's own pipeline returns (``.images``).
@@ -248,17 +246,3 @@ def _stopper(last: int) -> Any:
         return tensors
 
     return stop
-
-
-def find_record(source: str) -> SamplingRecord | None:
-    """What lies beside weights: in a folder, a run's folder or beside a LoRA file; for a hub id, in its repository."""
-    if not source or Path(source).expanduser().exists() or not HUB_ID.match(source):
-        return recorded(source) if source else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        facts = read_facts(Path(hf_hub_download(source, FACTS)).parent)
-    except (EntryNotFoundError, LocalEntryNotFoundError):
-        return None
-    return facts.sampling if facts else None

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batch import Cond
 from ..denoiser import Predict
@@ -25,11 +25,12 @@ from ..errors import Interrupted, RunError, UserError
 from ..eval.progress import progress_bar
 from ..eval.prompts import Prompt, prompts_sha256
 from ..eval.ranks import join_ranks
-from ..facts import SamplingRecord, recorded
+from ..facts import SamplingRecord, find_facts, recorded
 from ..families.base import Model
 from ..families.device import pick_device, pick_dtype
 from ..families.schedulers import recorded_scheduler
 from ..keyed import generator, normal
+from ..recipe import ModelRecipe
 from .grid import grid
 from .loading import Opened, long_prompts_of, open_pipeline
 from .long_prompts import segment_embeds
@@ -105,7 +106,7 @@ def sample(
         raise UserError("two prompts share one id; ids name the images, make them differ")
     device = pick_device(spec.device)
     dtype = pick_dtype(spec.dtype, device)
-    record = recorded(spec.model, spec.lora)
+    record = recorded(spec.model, spec.lora, spec.revision)
     spec = replace(spec.filled(record), long_prompts=spec.long_prompts or long_prompts_of(spec.model, spec.lora))
     spec.check()
     if spec.scheduler != RECORDED:
@@ -158,12 +159,17 @@ def _run(
     """Batches and text groups are cut from the whole list, so that a resumed run computes what the first would have."""
     assert spec.guidance is not None
     texts = [p.prompt for p in prompts]
-    text = TextCache(pipeline, texts, spec.negative_prompt, spec.guidance > 1, spec.long_prompts)
+    guided = max(spec.guidance, spec.base_guidance or 0) > 1
+    text = TextCache(pipeline, texts, spec.negative_prompt, guided, spec.long_prompts)
     height, width = size
     factor = pipeline.vae_scale_factor
     plain = {"num_inference_steps": spec.steps, "guidance_scale": spec.guidance}
     options = record.call(spec.steps, spec.guidance) if record else plain
     shape = (pipeline.unet.config.in_channels, height // factor, width // factor)
+    if record and spec.base_first:
+        pipeline = begun_by_base(pipeline, record, spec)
+        plain |= {name: getattr(spec, name) for name in ("base_first", "base_steps", "base_guidance")}
+        options = plain
     for batch in batches:
         wanted = [job for job in batch if job.file in missing]
         if not wanted:
@@ -181,6 +187,27 @@ def _run(
             if job.file in missing:
                 _save(image, out / job.file, job.key)
         advance(len(wanted))
+
+
+def begun_by_base(pipeline: DiffusionPipeline, record: SamplingRecord, spec: SampleSpec) -> DiffusionPipeline:
+    """The few-step pipeline over these networks; of a whole student with the U-Net that it was trained from."""
+    from .few_step import FewStepPipeline
+
+    base = None if spec.lora or getattr(pipeline.unet, "peft_config", None) else base_unet(spec, pipeline)
+    made = FewStepPipeline.of(pipeline, record, base)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def base_unet(spec: SampleSpec, pipeline: DiffusionPipeline) -> nn.Module:
+    """The U-Net that a whole student was trained from, as its record names it. Raises UserError where it does not."""
+    from ..families import load_model
+
+    facts = find_facts(spec.model, spec.revision)
+    if facts is None or not facts.recipe.get("model"):
+        raise UserError(f"'{spec.model}' does not say which base it was trained from; leave base_first out")
+    recipe = ModelRecipe.model_validate(facts.recipe["model"]).model_copy(update={"quantize": "none"})
+    return load_model(recipe, pipeline.unet.device, pipeline.unet.dtype).unet
 
 
 class TextCache:
@@ -322,7 +349,7 @@ def _settings(
     spec: SampleSpec, opened: Opened, size: tuple[int, int], dtype: torch.dtype, record: SamplingRecord | None
 ) -> dict[str, object]:
     """What decides the pixels: two folders with equal ``settings`` hold equal images under equal names."""
-    settings = asdict(spec)
+    settings = {name: value for name, value in asdict(spec).items() if value is not None or name[:5] != "base_"}
     for name in ("batch", "device", "per_prompt", "model", "lora", "revision", "variant"):
         del settings[name]
     if opened.lora is None:

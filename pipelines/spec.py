@@ -11,6 +11,7 @@ from ..errors import Note, UserError
 from ..facts import SamplingRecord
 
 DEFAULTS: dict[str, Any] = {"steps": 25, "guidance": 7.5, "scheduler": "ddim"}
+BASE_STEPS, BASE_GUIDANCE = 20, 7.0  # of the base that makes a few-step student's first steps
 RECORDED = "recorded"  # the scheduler that a few-step model carries
 
 
@@ -83,16 +84,38 @@ class Sampling:
 
 @dataclass(frozen=True)
 class SampleSpec(Sampling):
-    """What to sample: a model, perhaps with a LoRA of weight ``lora_scale``; and how."""
+    """What to sample: a model, perhaps with a LoRA of weight ``lora_scale``; and how.
+
+    ``base_first``: so many of a few-step student's steps are made by its base instead, which makes ``base_steps`` over
+    the whole schedule under ``base_guidance`` (diversity distillation; see `few_step.FewStepPipeline`)."""
 
     model: str
     lora: str | None = None
     lora_scale: float = 1.0
+    base_first: int | None = None
+    base_steps: int | None = None
+    base_guidance: float | None = None
 
     def check(self) -> None:
         super().check()
         if not math.isfinite(self.lora_scale):
             raise UserError(f"lora scale must be a number, not {self.lora_scale}")
+        for name, least in (("base_first", 1), ("base_steps", 1), ("base_guidance", 0)):
+            value = getattr(self, name)
+            if value is not None and not least <= value < math.inf:
+                raise UserError(f"{name} must be at least {least}, not {value:g}")
+            if value is not None and self.base_first is None:
+                raise UserError(f"{name} is for pictures that the base begins; give base_first too")
+
+    def filled(self, record: SamplingRecord | None) -> Self:
+        found = super().filled(record)
+        if found.base_first is None:
+            return found
+        if record is None or found.scheduler != RECORDED:
+            raise UserError("base_first is for few-step students that carry their sampler; leave it out")
+        steps = BASE_STEPS if found.base_steps is None else found.base_steps
+        guidance = BASE_GUIDANCE if found.base_guidance is None else found.base_guidance
+        return replace(found, base_steps=steps, base_guidance=guidance)
 
 
 def allowed_guidance(record: SamplingRecord, guidance: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""The offline methods' recipes for SD1.5 and SDXL: planned without weights, trained on the tiny model of their make."""
+"""Recipes for SD1.5, SD2.1 and SDXL: planned without weights, and trained on the tiny model of their make."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ import pytest
 from small import write_pairs
 
 from diffalign import list_methods, load_recipe, train
+from diffalign.data.teacher import MARK
 from diffalign.plan import make_plan
 from diffalign.recipe import builtin_recipes
 
-OFFLINE = {row["name"] for row in list_methods() if row["group"] == "preference"}
-REAL = [name for name in builtin_recipes() if name.startswith(("sd15/", "sdxl/"))]
-NAMES = [name for name in REAL if load_recipe(name).method.name in OFFLINE]
+GROUPS = {row["name"]: row["group"] for row in list_methods()}
+REAL = {name: load_recipe(name).method.name for name in builtin_recipes() if not name.startswith("tiny/")}
+PLANNED = [name for name, method in REAL.items() if GROUPS[method] in ("preference", "distillation")]
+NAMES = [name for name in PLANNED if name.startswith(("sd15/", "sdxl/"))]
 MODELS = {"sd15": "tiny-sd", "sdxl": "tiny-sdxl"}
 
 
@@ -30,7 +32,18 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         row |= {"chosen_score": 0.5 + number / 20, "rejected_score": 0.2, "user": f"user {number % 2}"}
         row["rejected_prompt"] = f"{row['prompt']}, but worse"
     table.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teacher = [
+        {"file_name": f"../pairs/{row['chosen']}", "prompt": row["prompt"], "id": f"{MARK}|0|0|{number}"}
+        for number, row in enumerate(rows)
+    ]
+    (folder.parent / "teacher").mkdir()
+    (folder.parent / "teacher" / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in teacher))
     return folder
+
+
+def data_of(name: str, pairs: Path) -> Path:
+    """Pairs are pictures and prompts too; DMD's regression wants the teacher's noise besides."""
+    return pairs.parent / "teacher" if REAL[name] == "dmd" else pairs
 
 
 def overrides(name: str, pairs: Path, out: Path) -> list[str]:
@@ -38,7 +51,7 @@ def overrides(name: str, pairs: Path, out: Path) -> list[str]:
     values: dict[str, object] = {
         "model.path": MODELS[name.split("/")[0]],
         "model.vae": "null",
-        "data.path": pairs,
+        "data.path": data_of(name, pairs),
         "data.resolution": 32,
         "data.cache_dir": pairs.parent / "cache",
         "train.steps": 2,
@@ -61,12 +74,14 @@ def overrides(name: str, pairs: Path, out: Path) -> list[str]:
         values |= {"train.batch": recipe.method.model_dump()["group"]}
     if "inversion_steps" in recipe.method.model_dump():
         values["method.inversion_steps"] = 2
+    if "reward" in recipe.method.model_dump():
+        values["method.reward"] = "tiny-pickscore"
     return [f"{key}={value}" for key, value in values.items()]
 
 
 def one_a_method() -> list[Any]:
-    """The recipes, slow but for one of each method, SDXL's where there is one."""
-    chosen = {load_recipe(name).method.name: name for name in NAMES}  # the last: sdxl comes after sd15
+    """The recipes, slow but for one of each preference method, SDXL's where there is one, and one distillation."""
+    chosen = {REAL[name]: name for name in NAMES if GROUPS[REAL[name]] == "preference" or name == "sdxl/dmd2"}
     return [pytest.param(name, marks=[] if name in chosen.values() else pytest.mark.slow) for name in NAMES]
 
 
@@ -83,10 +98,11 @@ def test_a_recipe_trains_on_the_tiny_model_of_its_make(name: str, pairs: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", PLANNED)
 def test_a_recipe_is_planned_without_its_weights(name: str, pairs: Path, tmp_path: Path) -> None:
-    where = [f"data.path={pairs}", f"data.cache_dir={tmp_path}", f"output.dir={tmp_path / 'run'}"]
+    where = [f"data.path={data_of(name, pairs)}", f"data.cache_dir={tmp_path}", f"output.dir={tmp_path / 'run'}"]
     plan = make_plan(load_recipe(name, where))
     assert not plan.weights_known and plan.steps > 2 and plan.memory["peak"] > 0
     assert plan.memory["whole"], plan.notes
+    assert set(plan.memory["phases"]) == {phase["name"] for phase in plan.phases}
     assert plan.calls["student"] >= plan.batch and plan.calls_per_step == sum(plan.calls.values())

@@ -33,6 +33,13 @@ def sample(
     sampling: dict[str, Any],
     lora: Annotated[str | None, typer.Option(help="LoRA file, folder, or run's folder.")] = None,
     lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
+    base_first: Annotated[
+        int | None, typer.Option(help="So many of a few-step student's steps by its base, for its diversity.", min=1)
+    ] = None,
+    base_steps: Annotated[
+        int | None, typer.Option(help="With --base-first: the base's steps over the whole schedule; 20.", min=1)
+    ] = None,
+    base_guidance: Annotated[float | None, typer.Option(help="With --base-first: the base's guidance; 7.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Sample images for prompts: the same noise for every model; resumes image by image."""
@@ -40,7 +47,8 @@ def sample(
     from ..pipelines.sample import SampleSpec
     from ..pipelines.sample import sample as run_sample
 
-    spec = SampleSpec(model, lora, lora_scale, **sampling)
+    begun = {"base_first": base_first, "base_steps": base_steps, "base_guidance": base_guidance}
+    spec = SampleSpec(model, lora, lora_scale, **begun, **sampling)
     print(run_sample(spec, read_prompts(prompts), to, progress=not quiet, set_name=set_name(prompts)))
 
 

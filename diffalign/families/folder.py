@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import facts
 from ..errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ WEIGHTS = re.compile(
     r"(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d{5}-of-(?P<shards>\d{5}))?(?:\.(?P<late>[A-Za-z0-9_]+))?"
     r"\.(?P<kind>safetensors|bin)$"
 )
-HUB_ID = re.compile(r"^[\w-][\w.-]*/[\w-][\w.-]*$")
+HUB_ID = re.compile(f"^{facts.HUB_ID}$")
 
 
 @dataclass(frozen=True)

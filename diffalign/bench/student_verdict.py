@@ -67,11 +67,11 @@ def decide_student(
     missed = []
     for steps, found in judged.items():
         for i, what, bar in ((0, "score", BARS[steps]), (1, "diversity", DIVERSITY)):
-            below = [shares[i] for shares in found if shares[i] < bar - NEAR]
+            below = [pair[i] for pair in found if pair[i] < bar - NEAR]
             if below:
                 at = f"{steps} step{'s' * (steps > 1)}"
-                count = f"{len(below)} of {len(found)} seeds" if len(found) > 1 else "the seed"
-                missed.append(f"{at}: {count} below {bar:.0%} of the teacher's {what} (least {min(below):.1%})")
+                seeds = f"{len(below)} of {len(found)} seeds" if len(found) > 1 else "the seed"
+                missed.append(f"{at}: {seeds} below {bar:.0%} of the teacher's {what} (least {min(below):.1%})")
     if missed:
         return "not learning", "; ".join(missed)
     for count, asked, name in (

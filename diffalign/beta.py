@@ -33,6 +33,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .eval.health import WINNER_WORSE
+from .methods.base import Method
 from .methods.pair import PairErrors, PairMethod
 from .recipe import Recipe
 from .setup import Parts, build, make_method_of
@@ -119,16 +120,11 @@ def suggest_beta(recipe: Recipe, say: Callable[[str], None] = lambda text: None)
     Raises UserError for methods whose beta does not scale a preference logit, or that come to their errors in a way of
     their own, and under a launcher."""
     method = make_method_of(recipe)
-    beta = getattr(method.config, "beta", None)
-    if not isinstance(method, PairMethod) or not method.needs.reference or beta is None:
-        raise UserError(f"--suggest-beta: method '{recipe.method.name}' has no beta that scales a preference logit")
-    if any(getattr(type(method), hook) is not getattr(PairMethod, hook) for hook in SHARED):
-        raise UserError(
-            f"--suggest-beta: the probe noises pairs as Diffusion-DPO does, and method '{recipe.method.name}' has its "
-            "own way to its errors; set method.beta by the paper, and watch logit_abs in the log"
-        )
-    if not _scales(method):
-        raise UserError(f"--suggest-beta: method '{recipe.method.name}' has no beta that scales a preference logit")
+    reason = refusal(method)
+    if reason:
+        raise UserError(f"--suggest-beta: method '{recipe.method.name}' {reason}")
+    assert isinstance(method, PairMethod)
+    beta = float(getattr(method.config, "beta", 0.0))
     parts = build(_probing(recipe), say)
     if parts.accelerator.num_processes > 1:
         raise UserError("--suggest-beta runs in one process; start it without a launcher")
@@ -157,6 +153,19 @@ def suggest_beta(recipe: Recipe, say: Callable[[str], None] = lambda text: None)
         looks,
         [_scale(b, _logits(method, probe.at(delta), b).abs()) for b in betas],
     )
+
+
+def refusal(method: Method[Any]) -> str:
+    """Why the probe says nothing of a method, or of these settings of it; "" where it does."""
+    if isinstance(method, PairMethod) and method.needs.reference and hasattr(method.config, "beta"):
+        if any(getattr(type(method), hook) is not getattr(PairMethod, hook) for hook in SHARED):
+            return (
+                "has its own way to its errors, and the probe noises pairs as Diffusion-DPO does; set method.beta by "
+                "the paper, and watch logit_abs in the log"
+            )
+        if _scales(method):
+            return ""
+    return "has no beta that scales a preference logit"
 
 
 class Probe:

@@ -26,7 +26,7 @@ eval``) says whether pictures became better.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log
 from typing import Literal
@@ -46,6 +46,7 @@ SURE = 0.2  # held-out loss, above log 2
 DRAWS = 256  # held-out (pair, draw) where the log does not say how many
 STILL = 0.002  # change of the errors, as a share of them
 WEAK = 0.02  # mean |logit|
+SUGGESTED = ("dpo", "dcpo", "pso")  # methods that `train --suggest-beta` takes
 
 Verdict = Literal["healthy", "collapsed", "over-optimised", "not learning", "unclear"]
 
@@ -134,8 +135,9 @@ class Readings:
         return max(moves, default=0.0)
 
 
-def health(rows: Sequence[LogRow]) -> Health:
-    """Read a run's curves as a person would, held-out numbers before those of training.
+def health(rows: Sequence[LogRow], method: Mapping[str, object] | None = None) -> Health:
+    """Read a run's curves as a person would, held-out numbers before those of training. ``method``: the recipe's name
+    and settings of it, which decide what the advice may name; a beta is presumed where they are not known.
 
     collapsed: samples of a prompt became alike, or the winner's error doubled or their colours drifted while the
     preference was not learnt.
@@ -144,7 +146,7 @@ def health(rows: Sequence[LogRow]) -> Health:
     healthy: accuracy rose, winners hold, samples hold. unclear: anything between, or too little to tell."""
     found = read(rows)
     findings = _findings(found)
-    verdict, reason, advice = _judge(found)
+    verdict, reason, advice = _judge(found, method or {"beta": None})
     return Health(verdict, reason, advice, findings)
 
 
@@ -198,12 +200,14 @@ def read(rows: Sequence[LogRow]) -> Readings:
     )
 
 
-def _judge(r: Readings) -> tuple[Verdict, str, str]:
+def _judge(r: Readings, method: Mapping[str, object]) -> tuple[Verdict, str, str]:
     """The picture, why, and what to do next."""
     where = "held-out" if r.held else "training"
     lower = "lower train.lr, or take the best checkpoint (output.weights=best)"
     loose = r.logit is not None and r.logit < 1 and r.accuracy is not None
-    tie = "raise method.beta (`--suggest-beta` names one) or lower train.lr" if loose else "lower train.lr"
+    beta, probed = "beta" in method, " (`--suggest-beta` names one)" if method.get("name") in SUGGESTED else ""
+    tie = f"raise method.beta{probed} or lower train.lr" if loose and beta else "lower train.lr"
+    ease = f"lower method.beta{probed}" if beta else "lower train.lr"
     if r.diversity is not None and r.diversity < DIVERSITY_KEPT:
         return "collapsed", f"samples of one prompt became alike: {r.diversity:.0%} of the base's diversity", tie
     if r.points < 2:
@@ -232,12 +236,16 @@ def _judge(r: Readings) -> tuple[Verdict, str, str]:
         )
     if r.held and r.accuracy_best - r.accuracy_start > 2 * r.noise and r.accuracy_best - r.accuracy > FALLEN:
         text = f"{said}, fallen from {r.accuracy_best:.2f} at step {r.best_step}: it learns its training pairs by heart"
-        return "over-optimised", text, "stop earlier, use more pairs, or raise method.beta"
+        return (
+            "over-optimised",
+            text,
+            "stop earlier, use more pairs, or " + ("raise method.beta" if beta else "lower train.lr"),
+        )
     if r.full:
         text = f"{r.saturated:.0%} of the logits are saturated: won pairs teach nothing, lost ones pull with full force"
         if r.gained >= 2 * r.noise:
-            return "over-optimised", text, "lower method.beta (`--suggest-beta` names one) or stop earlier"
-        return "not learning", f"{said}, and {text}", "lower method.beta (`--suggest-beta` names one)"
+            return "over-optimised", text, f"{ease} or stop earlier"
+        return "not learning", f"{said}, and {text}", ease
     if r.drift > 1:
         return "over-optimised", f"the preference is won ({said}), but the samples' colours drifted ({colours})", tie
     if (r.moved is not None and r.moved < STILL) and (r.logit is None or r.logit < WEAK):
@@ -258,7 +266,8 @@ def _judge(r: Readings) -> tuple[Verdict, str, str]:
         return (
             "unclear",
             f"{text}: the logits are surer than the labels bear, which need not harm the samples",
-            "compare samples with the base's (`diffalign eval`); method.beta may be too high (`--suggest-beta`)",
+            "compare samples with the base's (`diffalign eval`)"
+            + (f"; method.beta may be too high{probed}" if beta else ""),
         )
     price = "" if r.damage is None else f", and the winner's error {_change(r.damage)}"
     return "healthy", f"{said}{price}", "compare samples with the base's: `diffalign eval`"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
 from PIL import Image
 
 from .curves import LogRow, alarms, panels, read_log, series
@@ -24,6 +25,13 @@ class Training:
     log: Sequence[LogRow] = ()
     sheets: Sequence[Sheet] = ()
     recipe: str | None = None
+
+    @property
+    def method(self) -> dict[str, object]:
+        """The recipe's method: its name and settings; empty where they are not known."""
+        recipe = yaml.safe_load(self.recipe or "")
+        found = recipe.get("method") if isinstance(recipe, dict) else None
+        return found if isinstance(found, dict) else {}
 
     @property
     def steps(self) -> int | None:
@@ -54,7 +62,7 @@ def read_training(run_dir: str | Path) -> Training:
 
 def training_view(training: Training) -> dict[str, object]:
     """What ``training.html.j2`` shows."""
-    verdict = health(training.log) if training.log else None
+    verdict = health(training.log, training.method) if training.log else None
     rows = sample_rows(training.sheets)
     return {
         "health": verdict,

@@ -10,11 +10,13 @@ import torch
 from command import diffalign
 from small import settings, write_pairs
 
-from diffalign.beta import WINNER_WORSE, _logits, _scales, _untied, suggest_beta
+from diffalign.beta import WINNER_WORSE, _logits, _scales, _untied, refusal, suggest_beta
 from diffalign.errors import UserError
+from diffalign.eval.health import SUGGESTED, health
 from diffalign.methods import make_method
 from diffalign.methods.pair import PairErrors
 from diffalign.recipe import load_recipe
+from diffalign.setup import make_method_of
 
 
 def errors() -> PairErrors:
@@ -73,6 +75,17 @@ def test_methods_without_such_a_beta_are_refused(tiny_model_folder: Path, tmp_pa
         with pytest.raises(UserError, match=f"method '{method}' has its own way to its errors"):
             suggest_beta(load_recipe(f"tiny/{method}", rest))
     assert not (tmp_path / "run").exists()
+
+
+def test_advice_names_the_probe_where_it_is_taken() -> None:
+    """What the report knows of methods, which it must not import, is what the probe says."""
+    recipes = [f"tiny/{name}" for name in ("dpo", "dcpo", "pso", "inpo", "kto", "rankdpo", "orpo", "sft", "ppd")]
+    taken = {recipe for recipe in recipes if not refusal(make_method_of(load_recipe(recipe)))}
+    assert taken == {f"tiny/{name}" for name in SUGGESTED}
+    overfull = [{"step": step, "kind": "validate", "accuracy": 0.5, "saturated": step / 100} for step in range(60)]
+    advice = {name: health(overfull, {"name": name, "beta": 1.0}).advice for name in ("dpo", "kto")}
+    assert advice == {"dpo": "lower method.beta (`--suggest-beta` names one)", "kto": "lower method.beta"}
+    assert health(overfull, {"name": "plain"}).advice == "lower train.lr"
 
 
 def test_the_command(tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -51,4 +51,6 @@ def test_answers_within_half_a_second(arguments: list[str], tmp_path: Path) -> N
         after = os.times()
         spent = after.children_user + after.children_system - before.children_user - before.children_system
         best = min(best, spent)
+        if best < 0.5:
+            break
     assert best < 0.5

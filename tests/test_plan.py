@@ -119,9 +119,16 @@ def measure(name: str, method_name: str, copies: bool, checkpointing: bool, rows
     return sum(saved.values()), held, live.peak
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
-    ("name", "method", "copies"), [("tiny", "dpo", False), ("mid", "dpo", False), ("tiny", "sft", True)]
+    ("name", "method", "copies", "checkpointing"),
+    [
+        ("tiny", "dpo", False, False),
+        ("tiny", "dpo", False, True),
+        ("tiny", "sft", True, False),
+        ("tiny", "sft", True, True),
+        pytest.param("mid", "dpo", False, False, marks=pytest.mark.slow),
+        ("mid", "dpo", False, True),
+    ],
 )
 def test_activations_are_those_of_a_real_step(name: str, method: str, copies: bool, checkpointing: bool) -> None:
     rows, (_, side, width) = 4, UNETS[name]

@@ -120,7 +120,7 @@ def test_the_mean_gradient_is_the_golden_one_for_every_alpha(alpha: float, monke
 # ---- where it ends ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alpha", [0.0, 1.5])
+@pytest.mark.parametrize("alpha", [0.0, 1.5, *(pytest.param(a, marks=pytest.mark.slow) for a in (0.5, 1.0, 1.2))])
 def test_it_reaches_the_teacher_in_one_step(alpha: float) -> None:
     """SiD's own start: sigma of time 625 times noise."""
     method = make_method("sid", {"alpha": alpha, "guidance": 1.0})

@@ -95,6 +95,12 @@ def test_importance_and_matching() -> None:
     torch.testing.assert_close(importance(e.flip(3), e), torch.ones(4, dtype=torch.float64))
     expected = torch.exp(-0.5 * (d**2).mean((1, 2, 3))) / torch.exp(-0.5 * (e**2).mean((1, 2, 3)))
     torch.testing.assert_close(importance(d, e), expected)
+    # were the student's noise the new one, x_t would hold (A sigma_mid + beta) / sigma_t of it: more than its share
+    t, mid = torch.tensor([600]), torch.tensor([450])
+    ratio, beta = (c.double() for c in segment_noise(DENOISER, t, mid))
+    mixed = (ratio * DENOISER.sigma(mid) * e + beta * e) / DENOISER.sigma(t)
+    assert float((ratio * DENOISER.sigma(mid) + beta) / DENOISER.sigma(t)) > 1
+    assert bool((importance(mixed, e) < 1).all())
     one = torch.ones(4, dtype=torch.float64)
     torch.testing.assert_close(match(d, one, "huber", 1e4) * 2e4, match(d, one, "mse"), rtol=1e-4, atol=0)
     assert match(0 * d, one, "huber").abs().max() == 0
@@ -203,6 +209,14 @@ def test_record_and_refusals() -> None:
 
 
 # ---- where it ends ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_separate_segments_end_beside_the_teachers_law() -> None:
+    """Sheet 6.8: x0 as target, scores asked within each step's own segment: the last sample is N(1.479, .718)."""
+    method = tdm(target="x0", segments="separate", normalise="none", loss="mse")
+    found = [values[-1] for values in world(method, "x0", rows=8).descend(400, lr=0.3).reached()]
+    assert found == pytest.approx([1.479, 0.718], abs=0.03)
 
 
 def test_the_unbiased_target_puts_every_state_on_the_teachers_marginal() -> None:

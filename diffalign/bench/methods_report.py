@@ -68,6 +68,12 @@ class MethodsReport:
         s = self.settings
         return f"{s['prompts']} held-out prompts, {len(s['seeds'])} seeds, {s['budget']:,} units of U-Net work each"
 
+    @property
+    def notes(self) -> list[str]:
+        """Why rows are judged so; those of the table over steps say it there."""
+        told = self.over_steps.names
+        return [f"{row.name}: {verdict_of(row)}: {row.why}" for row in self.rows if row.why and row.name not in told]
+
     def render(self, console: Console) -> None:
         """For a person: what matters most; the whole table is in the files."""
         from rich.table import Table
@@ -81,9 +87,8 @@ class MethodsReport:
             # only the gain keeps its interval here
             table.add_row(*(texts[i] if HEADS[i].startswith("gain") else texts[i].partition(" (")[0] for i in shown))
         console.print(table)
-        for row in self.rows:
-            if row.why:
-                console.print(f"{row.name}: {verdict_of(row)}: {row.why}", highlight=False, markup=False)
+        for note in self.notes:
+            console.print(note, highlight=False, markup=False)
         self.over_steps.render(console)
         if self.settings["overrides"]:
             console.print(f"overrides: {' '.join(self.settings['overrides'])}", highlight=False, markup=False)
@@ -93,7 +98,7 @@ class MethodsReport:
         lines = [f"{self.title()}.", "", "| " + " | ".join(HEADS) + " |", "|" + "---|" * len(HEADS)]
         lines += ["| " + " | ".join(cells(row)) + " |" for row in self.rows]
         lines += ["", EXPLAINED, ""]
-        lines += [f"* {row.name}: {verdict_of(row)}: {row.why}" for row in self.rows if row.why]
+        lines += [f"* {note}" for note in self.notes]
         return "\n".join(lines) + "\n" + self.over_steps.markdown()
 
 

@@ -66,6 +66,11 @@ class StepsReport:
         return [asdict(row) for row in self.rows]
 
     @property
+    def names(self) -> set[str]:
+        """Of the rows."""
+        return {row.name for row in self.rows}
+
+    @property
     def notes(self) -> list[str]:
         """One a method: why it is judged so, and what its data cost."""
         said = {}
@@ -111,7 +116,7 @@ class StepsReport:
 
 def verdict_of(row: StepRow) -> str:
     """In a word or two."""
-    return row.verdict or ("not judged" if row.kind == "student" else row.kind.replace("ddim", "plain"))
+    return row.verdict or ("not judged" if row.kind == "student" else "reference")
 
 
 def cells(row: StepRow) -> list[str]:
@@ -140,7 +145,7 @@ def plot(rows: Sequence[StepRow]) -> str:
     few = [row for row in rows if row.kind != "teacher"]
     teacher = next((row.score for row in rows if row.kind == "teacher"), None)
     values = [row.score for row in few] + ([] if teacher is None else [teacher])
-    figure = Figure("Single objects all right, over steps", (0.8, max([row.steps for row in few] or [1]) + 0.8), (0, 1))
+    figure = Figure("Single objects all right, over steps", (0, max([row.steps for row in few] or [1]) + 1), (0, 1))
     if teacher is not None:
         figure.rule(INK, y=teacher, dash="2 3")
         figure.legend.append(("··· teacher", INK, False))

@@ -21,6 +21,8 @@ from test_data_readers import COUNT, good, pairs, png, recipe, worse, write_fold
 from diffalign.data import convert, writers
 from diffalign.data.convert import Converted, ConvertOptions, convert_pairs
 from diffalign.data.readers import read_pairs
+from diffalign.data.rowfile import read_rows
+from diffalign.data.rowtable import Packed
 from diffalign.errors import RunError, UserError
 
 FORMATS = list(writers.WRITERS)
@@ -74,6 +76,101 @@ def test_there_and_back_between_all_formats(form: str, source: Path, tmp_path: P
     for other in FORMATS:
         run(tmp_path / form, tmp_path / f"{form}-{other}", other)
         assert facts(tmp_path / f"{form}-{other}") == expected, (form, other)
+
+
+def write_rated(folder: Path) -> Path:
+    """Rated pictures, the last row twice."""
+    rows = [{"prompt": f"thing {i}", "image": f"{i}.png", "label": i % 3 == 0} for i in (*range(5), 4)]
+    return _written(folder, rows, 5)
+
+
+def write_lists(folder: Path) -> Path:
+    """Lists of three and of two pictures with ids, a further score, and one whose scores are all equal."""
+    lists = [((0, 1, 2), (0.1, 0.9, 0.5)), ((3, 4), (0.7, 0.2)), ((2, 0), (0.5, 0.5))]
+    rows = [
+        {"id": f"n{n}", "prompt": f"thing {n}", "images": [f"{k}.png" for k in places], "scores": scores}
+        | {"hps": [20.0 + k for k in places]}
+        for n, (places, scores) in enumerate(lists)
+    ]
+    return _written(folder, rows, 5)
+
+
+def _written(folder: Path, rows: list[dict[str, Any]], pictures: int) -> Path:
+    folder.mkdir()
+    for k in range(pictures):
+        (folder / f"{k}.png").write_bytes(good(k))
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def rows_of(path: Path, kind: str, **data: Any) -> list[tuple[Any, ...]]:
+    """Everything that a rated picture or a list is, but for its id."""
+    found, _ = read_rows(recipe(path, **{"ties": "keep", "duplicates": "keep", **data}), kind)
+    assert isinstance(found, Packed)
+    return [(r.prompt, [ref.read() for ref in r.images.values()], r.columns) for r in found]
+
+
+def test_rated_pictures_there_and_back(tmp_path: Path) -> None:
+    source = write_rated(tmp_path / "source")
+    expected = rows_of(source, "rated")
+    assert [row[2]["label"] for row in expected] == [1, -1, -1, 1, -1, -1]
+    forms = [form for form in FORMATS if "rated" in writers.WRITERS[form].kinds]
+    assert forms == ["folder", "jsonl", "csv", "parquet", "datasets", "webdataset"]
+    for first, second in zip(forms, forms[1:] + forms[:1], strict=True):
+        run(source, tmp_path / first, first)
+        assert rows_of(tmp_path / first, "rated") == expected, first
+        run(tmp_path / first, tmp_path / f"{first}-{second}", second)
+        assert rows_of(tmp_path / f"{first}-{second}", "rated") == expected, (first, second)
+    found = run(source, tmp_path / "once", "folder", duplicates="skip")
+    assert found.report.counts == {"duplicate": 1} and rows_of(tmp_path / "once", "rated") == expected[:5]
+    data = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path / "folder"), split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert data[0]["image"].size == (24, 16) and data[1]["label"] is False
+    with pytest.raises(UserError, match=r"holds rated pictures, and pickapic has no place for them; take folder, jso"):
+        run(source, tmp_path / "no", "pickapic")
+
+
+def test_ranked_lists_there_and_back(tmp_path: Path) -> None:
+    source = write_lists(tmp_path / "source")
+    expected = rows_of(source, "ranked", rewards=["hps"])
+    assert [row[2]["hps_0"] for row in expected] == [21, 23, 22] and len(expected) == 3
+    forms = [form for form in FORMATS if "ranked" in writers.WRITERS[form].kinds]
+    assert forms == ["folder", "jsonl", "parquet", "datasets"]
+    for first, second in zip(forms, forms[1:] + forms[:1], strict=True):
+        run(source, tmp_path / first, first, rewards=["hps"])
+        assert rows_of(tmp_path / first, "ranked", rewards=["hps"]) == expected, first
+        run(tmp_path / first, tmp_path / f"{first}-{second}", second)
+        plain = rows_of(tmp_path / f"{first}-{second}", "ranked")
+        assert plain == rows_of(source, "ranked"), (first, second)
+    assert [row.id for row in read_rows(recipe(tmp_path / "parquet", ties="keep"), "ranked")[0]] == ["n0", "n1", "n2"]
+    found = run(source, tmp_path / "uneven", "jsonl", ties="skip")
+    assert found.report.counts == {"tie": 1} and len(rows_of(tmp_path / "uneven", "ranked")) == 2
+    for form in ("csv", "webdataset", "pickapic"):
+        with pytest.raises(UserError, match=f"holds lists, and {form} has no place for them; take folder"):
+            run(source, tmp_path / form, form)
+        assert not list(tmp_path.glob(f"*{form}*"))
+
+
+def test_a_killed_conversion_of_lists_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after its first row, with a row of the same content yet to come."""
+    monkeypatch.setattr(convert, "PIECE_ROWS", 1)
+    source = write_lists(tmp_path / "source")
+    lines = (source / "metadata.jsonl").read_text().splitlines()
+    (source / "metadata.jsonl").write_text("\n".join([*lines, lines[0].replace("n0", "n3")]) + "\n")
+    run(source, tmp_path / "whole", "jsonl", duplicates="skip")
+    seen: list[int] = []
+
+    def stop(done: int, total: int) -> None:
+        seen.append(done)
+        raise KeyboardInterrupt
+
+    options = ConvertOptions("jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        convert_pairs(recipe(source, ties="keep"), tmp_path / "cut", options, stop)
+    found = convert_pairs(recipe(source, ties="keep"), tmp_path / "cut", options)
+    assert found.gone_on_from == seen[0] == 1 and found.report.counts == {"duplicate": 1}
+    assert tree(tmp_path / "cut") == tree(tmp_path / "whole")
 
 
 def test_what_others_open(tmp_path: Path) -> None:

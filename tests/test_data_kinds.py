@@ -183,6 +183,45 @@ def test_lists_are_padded_to_the_longest_and_cached(
         read_rows(made, "ranked")
 
 
+def test_lists_without_a_better_picture_are_ties(tmp_path: Path) -> None:
+    """They would dilute the step: left out and counted, unless further scores tell the pictures apart, or they are to
+    be kept."""
+    data = ranked_folder(tmp_path / "lists")
+    row = {"prompt": "all alike", "images": ["0.png", "1.png"], "scores": [0.5, 0.5], "hps": [0.1, 0.2]}
+    with (data / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    rows, report = read_rows(recipe(data, tmp_path), "ranked")
+    assert len(rows) == 2 and report.counts == {"malformed row": 1, "tie": 1} and not report.flaws[1:]
+    assert report.summary() == "4 rows, 2 usable; left out: 1 malformed row, 1 tie"
+    rows, report = read_rows(recipe(data, tmp_path, ties="keep"), "ranked")
+    assert len(rows) == 3 and report.ties_kept == 1
+    (data / "metadata.jsonl").write_text(json.dumps(row))
+    assert len(read_rows(recipe(data, tmp_path, rewards=["hps"]), "ranked")[0]) == 1
+    with pytest.raises(UserError, match=r"no usable list .*1 tie; first: .*: tie \(all scores are equal\)"):
+        read_rows(recipe(data, tmp_path), "ranked")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pairs_of_two_equal_scores_are_no_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    monkeypatch.setattr(rowfile, "KEEP_FROM", 1)
+    scores = [{"chosen_score": 2.0, "rejected_score": 2.0}, {"chosen_score": 2.0, "rejected_score": 3.0}, {}]
+    data = with_columns(tmp_path / "pairs", *scores)
+    for _ in range(2):  # read, then mapped
+        rows, report = read_rows(recipe(data, tmp_path, streaming=streaming), "ranked")
+        rows = rows.gather() if isinstance(rows, Stream) else rows
+        assert [row.scores for row in rows] == [(3, 2), (1, 0)]
+        assert report.summary() == "3 rows, 2 usable; left out: 1 equal scores"
+    kept, report = read_rows(recipe(data, tmp_path, ties="keep"), "ranked")
+    assert [row.scores for row in kept] == [(2, 2), (3, 2), (1, 0)] and report.counts == {}
+    data = with_columns(tmp_path / "alike", *scores[:1])
+    with pytest.raises(UserError, match=r"no usable list in .*: 1 rows, 0 usable; left out: 1 equal scores"):
+        rows, _ = read_rows(recipe(data, tmp_path, streaming=streaming), "ranked")
+        assert isinstance(rows, Stream)
+        rows.gather()
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_pairs_are_lists_of_two(tmp_path: Path, streaming: bool) -> None:
     scores = [{"chosen_score": 2.0, "rejected_score": 3.0}, {"chosen_score": 2.0}, {"tie": True}]

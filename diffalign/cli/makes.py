@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .common import AsJson, BatchSize, Device, Dtype, Overrides, Quiet, is_main, out, sampling_options
-from .pairs import pairs
+from .pairs import Form, Link, Source, Strict, Target, data_changes, pairs
 
 Scorers = Annotated[str, typer.Option(help="Names, comma-separated; name=PATH for own weights.")]
 Weights = Annotated[str, typer.Option(help="Of the scorers in the mix, such as a=1,b=0.5; each 1 if not given.")]
@@ -17,23 +17,20 @@ Weights = Annotated[str, typer.Option(help="Of the scorers in the mix, such as a
 
 @pairs.command("score")
 def pairs_score(
-    source: Annotated[str, typer.Argument(help="Pairs in any format that `pairs check` takes.", metavar="SRC")],
-    target: Annotated[Path, typer.Argument(help="Folder to write.", metavar="DST")],
+    source: Source,
+    target: Target,
     scorers: Scorers,
     overrides: Overrides = None,
     weights: Weights = "",
     relabel: Annotated[bool, typer.Option(help="The higher score is the chosen picture.")] = False,
     tie_gap: Annotated[float, typer.Option(help="With --relabel: scores no further apart are a tie.")] = 0.0,
     ties: Annotated[Literal["keep", "skip", "random"], typer.Option(help="What becomes of ties.")] = "keep",
-    form: Annotated[
-        Literal["folder", "jsonl", "csv", "parquet", "datasets", "webdataset", "pickapic"],
-        typer.Option("--format", help="Of DST."),
-    ] = "folder",
-    link: Annotated[bool, typer.Option("--link/--copy", help="Link to picture files instead of copying.")] = False,
+    form: Form = "folder",
+    link: Link = False,
     batch: BatchSize = 32,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    strict: Annotated[bool, typer.Option(help="A flawed row is an error.")] = False,
+    strict: Strict = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -45,11 +42,9 @@ def pairs_score(
     from ..eval.scorers import parse_scorers
     from ..recipe import data_recipe
 
-    changes = [f"ties={ties}", "duplicates=keep", *(text.removeprefix("data.") for text in overrides or [])]
-    changes += ["strict=true"] * strict
     how = Rescoring(parse_weights(weights, list(parse_scorers(scorers))), relabel, tie_gap)
     found = score_pairs(
-        data_recipe(source, changes),
+        data_recipe(source, data_changes(overrides, strict, ties)),
         target,
         scorers,
         how,

@@ -13,6 +13,22 @@ from .common import AsJson, Device, Dtype, Overrides, Quiet, app, is_main, out, 
 pairs = typer.Typer(help="Preference pairs: check, convert, caption, score, make.", no_args_is_help=True)
 app.add_typer(pairs, name="pairs")
 
+Source = Annotated[str, typer.Argument(help="Pairs in any format that `pairs check` takes.", metavar="SRC")]
+Target = Annotated[Path, typer.Argument(help="Folder to write.", metavar="DST")]
+Limit = Annotated[int | None, typer.Option("--max", min=1, help="Stop after that many rows.")]
+Link = Annotated[bool, typer.Option("--link/--copy", help="Link to picture files instead of copying.")]
+Strict = Annotated[bool, typer.Option(help="A flawed row is an error.")]
+Form = Annotated[
+    Literal["folder", "jsonl", "csv", "parquet", "datasets", "webdataset", "pickapic"],
+    typer.Option("--format", help="Of DST."),
+]
+
+
+def data_changes(overrides: list[str] | None, strict: bool, ties: str = "keep", limit: int | None = None) -> list[str]:
+    """Overrides of the data section for commands that write rows anew: all of them, unless others are asked for."""
+    changes = [f"ties={ties}", "duplicates=keep", *(text.removeprefix("data.") for text in overrides or [])]
+    return changes + [f"max_pairs={limit}"] * (limit is not None) + ["strict=true"] * strict
+
 
 @pairs.command("check")
 def pairs_check(
@@ -20,7 +36,7 @@ def pairs_check(
     overrides: Overrides = None,
     to: Annotated[Path | None, typer.Option("--out", help="Folder for report.json and sheet.png.")] = None,
     model: Annotated[str | None, typer.Option(help="Model whose tokenizer counts over-long prompts.")] = None,
-    strict: Annotated[bool, typer.Option(help="A flawed row is an error.")] = False,
+    strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
     """Count what a set of pairs holds: usable pairs, ties, duplicates, unreadable images; with a picture sheet."""
@@ -35,28 +51,26 @@ def pairs_check(
 
 @pairs.command("convert")
 def pairs_convert(
-    source: Annotated[str, typer.Argument(help="Pairs in any format that `pairs check` takes.", metavar="SRC")],
-    target: Annotated[Path, typer.Argument(help="Folder to write.", metavar="DST")],
+    source: Source,
+    target: Target,
     overrides: Overrides = None,
-    form: Annotated[
-        Literal["folder", "jsonl", "csv", "parquet", "datasets", "webdataset", "pickapic"],
-        typer.Option("--format", help="Of DST."),
-    ] = "folder",
-    limit: Annotated[int | None, typer.Option("--max", min=1, help="Stop after that many pairs.")] = None,
+    form: Form = "folder",
+    limit: Limit = None,
     resize: Annotated[int | None, typer.Option(min=8, help="Shorter side of larger pictures in pixels.")] = None,
     quality: Annotated[int | None, typer.Option(min=1, max=100, help="Write pictures anew as JPEG.")] = None,
-    link: Annotated[bool, typer.Option("--link/--copy", help="Link to picture files instead of copying.")] = False,
-    strict: Annotated[bool, typer.Option(help="A flawed row is an error.")] = False,
+    link: Link = False,
+    strict: Strict = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write pairs in another format; pictures keep their bytes. A killed conversion goes on where it was."""
+    """Write pairs, rated pictures or ranked lists in another format; pictures keep their bytes.
+
+    A killed conversion goes on where it was. Further scores of lists go along with data.rewards=[NAME,...]."""
     from ..console import Console
     from ..data.convert import ConvertOptions, convert_pairs
     from ..recipe import data_recipe
 
-    changes = ["ties=keep", "duplicates=keep", *(text.removeprefix("data.") for text in overrides or [])]
-    changes += [f"max_pairs={limit}"] * (limit is not None) + ["strict=true"] * strict
+    changes = data_changes(overrides, strict, limit=limit)
     options = ConvertOptions(form, resize, quality, link)
     found = convert_pairs(data_recipe(source, changes), target, options, Console(not quiet).counting("converting"))
     print(json.dumps(found.json(), indent=1)) if as_json else found.render(out())
@@ -64,8 +78,8 @@ def pairs_convert(
 
 @pairs.command("caption")
 def pairs_caption(
-    source: Annotated[str, typer.Argument(help="Pairs in any format that `pairs check` takes.", metavar="SRC")],
-    target: Annotated[Path, typer.Argument(help="Folder to write.", metavar="DST")],
+    source: Source,
+    target: Target,
     overrides: Overrides = None,
     strategy: Annotated[
         Literal["caption", "perturb", "hybrid"],
@@ -86,9 +100,9 @@ def pairs_caption(
     form: Annotated[
         Literal["folder", "jsonl", "csv", "parquet", "datasets", "webdataset"], typer.Option("--format", help="Of DST.")
     ] = "folder",
-    limit: Annotated[int | None, typer.Option("--max", min=1, help="Stop after that many pairs.")] = None,
-    link: Annotated[bool, typer.Option("--link/--copy", help="Link to picture files instead of copying.")] = False,
-    strict: Annotated[bool, typer.Option(help="A flawed row is an error.")] = False,
+    limit: Limit = None,
+    link: Link = False,
+    strict: Strict = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -98,8 +112,7 @@ def pairs_caption(
     from ..data.convert import ConvertOptions
     from ..recipe import data_recipe
 
-    changes = ["ties=keep", "duplicates=keep", *(text.removeprefix("data.") for text in overrides or [])]
-    changes += [f"max_pairs={limit}"] * (limit is not None) + ["strict=true"] * strict
+    changes = data_changes(overrides, strict, limit=limit)
     given = {"instruction": instruction} if instruction else {}
     captions = CaptionOptions(
         strategy, captioner, perturber, level, tokenizer, max_tokens=max_tokens, batch=batch, seed=seed,

@@ -7,14 +7,16 @@ processor; without torchvision that is the one on PIL.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 
-from ..errors import UserError, one_line
+from ..errors import RunError, UserError, one_line
 from ..sentences import sentences
 from .perturb import LEVELS, perturb
 
@@ -33,6 +35,26 @@ TOP_P, MAX_LENGTH = 0.75, 256
 RULES = "rules"
 
 
+@contextmanager
+def _asking(what: str, mend: str) -> Iterator[None]:
+    """One line for what a model, its processor or its chat template raises, whatever kind that is.
+
+    Raises UserError where they do not fit one another, RunError where computing fails; OutOfMemoryError passes."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, AttributeError, LookupError, ImportError, TemplateError) as error:
+        raise UserError(f"{what} ({_reason(error)}); {mend}") from error
+    except RuntimeError as error:
+        raise RunError(f"{what} ({_reason(error)}); captions made so far are kept; {mend}") from error
+
+
+def _reason(error: Exception) -> str:
+    words = one_line(" ".join(str(error).split()))[:160]
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
 @dataclass
 class Captioner:
     """``captioner(pictures, prompts)``: a caption a picture, by greedy decoding."""
@@ -47,19 +69,16 @@ class Captioner:
     def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[str]:
         given: dict[str, Any] = {"images": list(pictures), "return_tensors": "pt"}
         chat = bool(getattr(self.processor, "chat_template", None))
-        if chat:
-            given |= {"text": [self._question(prompt) for prompt in prompts], "padding": True}
-        try:
+        who = f"the captioner ({type(self.model).__name__})"
+        said, mend = f"{who} does not answer to its chat template", "take a model whose processor fits it"
+        if not chat:
+            said = f"{who} says nothing of a picture alone"
+            mend = "a chat model needs its processor's chat template (chat_template.jinja), take a folder that has it"
+        with _asking(said, mend):
+            if chat:
+                given |= {"text": [self._question(prompt) for prompt in prompts], "padding": True}
             inputs = self.processor(**given).to(self.device, self.model.dtype)
             made = self.model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=self.max_tokens)
-        except (TypeError, ValueError, AttributeError) as error:
-            if chat:
-                raise
-            kind = type(self.model).__name__
-            raise UserError(
-                f"the captioner ({kind}) says nothing of a picture alone ({one_line(str(error))[:120]}); a chat model "
-                "needs the chat template of its processor (chat_template.jinja), take a folder that has it"
-            ) from error
         return [_plain(text) for text in self.processor.batch_decode(_new(made, inputs), skip_special_tokens=True)]
 
     def _question(self, prompt: str) -> str:
@@ -109,7 +128,8 @@ class ModelPerturber:
             torch.manual_seed(seed)
             for number in range(max(map(len, windows), default=0)):
                 rows = [i for i, parts in enumerate(windows) if number < len(parts)]
-                made = self._generate([self._asked(windows[i][number], done[i]) for i in rows])
+                with _asking(f"the perturber ({type(self.model).__name__}) does not answer", "take another text model"):
+                    made = self._generate([self._asked(windows[i][number], done[i]) for i in rows])
                 for i, text in zip(rows, made, strict=True):
                     done[i] = f"{done[i]} {text}".strip()
         return done
@@ -182,8 +202,7 @@ def _loaded(kind: Any, name: str, what: str, wanted: str, dtype: torch.dtype | N
     try:
         return kind.from_pretrained(name, **({} if dtype is None else {"dtype": dtype}))
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = one_line(" ".join(str(error).split()))[:160]
-        raise UserError(f"{what} cannot be loaded; give the folder or hub id of {wanted} ({reason})") from error
+        raise UserError(f"{what} cannot be loaded; give the folder or hub id of {wanted} ({_reason(error)})") from error
     finally:
         if shown:
             logging.enable_progress_bar()

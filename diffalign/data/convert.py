@@ -1,4 +1,6 @@
-"""``diffalign pairs convert``: pairs of any format into any other, a piece at a time, going on where it stopped.
+"""``diffalign pairs convert``: pairs, rated pictures and ranked lists of any format into any other that can hold them.
+
+A piece is written at a time, and a conversion goes on where it stopped.
 
 Everything is written beside the target, under a hidden name, and takes the target's name when it is whole. A note in it
 says up to which row the files are durable; what lies beyond is written again.
@@ -23,9 +25,12 @@ from PIL import Image
 from ..errors import RunError, UserError
 from ..recipe import DataRecipe
 from .encode import ahead
+from .files import swap
 from .filters import ENTRY, Filters, Names
 from .images import ImageError, load_image, read_file
-from .readers import Draft, PairColumns, Progress, draft_or_flaw, make_pair, settle, table_of
+from .ranked import ListColumns, is_ranked
+from .rated import RatedColumns
+from .readers import PAIR_COLUMNS, Columns, Draft, PairColumns, Progress, draft_or_flaw, settle, table_of
 from .rows import BadRow, PairRow, Report
 from .scan import Look, look_bytes, workers
 from .table import Table
@@ -97,13 +102,15 @@ class Change(Protocol):
 
 @dataclass
 class Converted:
-    """What was written: the account of the source's rows, and where they went; ``made``: counts of a `Change`."""
+    """What was written: the account of the source's rows, ``what`` they are, and where they went; ``made``: counts of a
+    `Change`."""
 
     report: Report
     target: Path
     format: str
     gone_on_from: int = 0
     made: dict[str, int] = field(default_factory=dict)
+    what: str = "pair"
 
     def json(self) -> dict[str, Any]:
         """Plain data for a file."""
@@ -114,7 +121,9 @@ class Converted:
         """The account for a terminal."""
         if self.gone_on_from:
             console.print(f"went on from row {self.gone_on_from:,}", markup=False)
-        console.print(f"{self.report.usable:,} pairs -> {self.target} ({self.format})", markup=False, soft_wrap=True)
+        console.print(
+            f"{self.report.usable:,} {self.what}s -> {self.target} ({self.format})", markup=False, soft_wrap=True
+        )
         console.print(self.report.summary(), markup=False, soft_wrap=True)
         if self.made:
             console.print(", ".join(f"{n:,} {what}" for what, n in self.made.items()), markup=False, soft_wrap=True)
@@ -133,15 +142,17 @@ def convert_pairs(
     change: Change | None = None,
     table: Table | None = None,
 ) -> Converted:
-    """Write the pairs of ``recipe.path`` to the folder ``target``, changed on their way by ``change``. ``table``: the
-    table of that path with other values in some columns.
+    """Write the rows of ``recipe.path`` to the folder ``target``: pairs, which ``change`` may change on their way,
+    rated pictures, or ranked lists with the further scores that ``recipe.rewards`` names. ``table``: the table of that
+    path with other values in some columns.
 
     Pictures are decoded once, to leave out what is no picture, and their bytes copied as they are. Ids are kept where
     the rows have their own; ties are kept as ties unless ``recipe.ties`` says otherwise. A conversion that was killed
     goes on; one that is done already is reported again.
 
     Raises:
-        UserError: as ``read_pairs``; the target exists, or cannot be written. RunError: the disk is full.
+        UserError: as ``read_pairs``; the target exists, cannot be written, or its format holds no such rows. RunError:
+            the disk is full.
     """
     work = open_work(recipe, target, options, change, table)
     try:
@@ -167,10 +178,28 @@ def open_work(
     """A conversion that has not begun. Raises UserError as ``convert_pairs``."""
     options.check()
     table = table or table_of(recipe)
-    work = Work(table, PairColumns.of(table), recipe, target, options, change)
+    columns = columns_of(table, recipe) if change is None else PairColumns.of(table)
+    if recipe.rewards and columns.kind != "ranked":
+        raise UserError("data.rewards names columns of ranked lists, and these rows are none; set it to []")
+    if columns.kind not in WRITERS[options.format].kinds:
+        forms = ", ".join(name for name, writer in WRITERS.items() if columns.kind in writer.kinds)
+        raise UserError(
+            f"'{table.label}' holds {columns.what}s, and {options.format} has no place for them; take {forms}"
+        )
+    work = Work(table, columns, recipe, target, options, change)
     if options.format == "pickapic" and "rejected_prompt" in work.fields():
         raise UserError("Pick-a-Pic's columns have no place for 'rejected_prompt'; convert to another format")
     return work
+
+
+def columns_of(table: Table, recipe: DataRecipe) -> Columns[Any]:
+    """What the rows of a table are. Raises UserError for one that has neither pairs, lists nor rated pictures."""
+    has = set(table.columns)
+    if is_ranked(table) and not has & PAIR_COLUMNS:
+        return ListColumns(table, recipe.rewards)
+    if has & {"image", "file_name"} and has & {"label", "split"} and not has & PAIR_COLUMNS:
+        return RatedColumns(table)
+    return PairColumns.of(table)
 
 
 @dataclass
@@ -178,7 +207,7 @@ class Work:
     """One conversion: the source, the hidden folder and what is durable in it."""
 
     table: Table
-    columns: PairColumns
+    columns: Columns[Any]
     recipe: DataRecipe
     target: Path
     options: ConvertOptions
@@ -205,7 +234,8 @@ class Work:
 
     def fields(self) -> list[str]:
         """The plain columns that are written besides id and prompt."""
-        more = [*(["rejected_prompt"] if self.recipe.perturb else []), *(self.change.fields if self.change else ())]
+        perturbed = self.recipe.perturb and self.columns.kind == "pair"
+        more = [*(["rejected_prompt"] if perturbed else []), *(self.change.fields if self.change else ())]
         return list(dict.fromkeys([*self.columns.fields(), *more]))
 
     def run(self, progress: Progress | None) -> Converted:
@@ -224,15 +254,15 @@ class Work:
         self.report.available = (self.table.total or self.next) + len(self.table.bad)
         if not self.kept or (self.recipe.strict and self.report.flaws):
             shutil.rmtree(self.partial)
-            settle(self.report, self.kept, self.recipe, "pair")
+            settle(self.report, self.kept, self.recipe, self.columns.what)
         self.report.usable = self.kept
         writer.finish()
         made = self.change.counts() if self.change is not None else {}
-        result = Converted(self.report, self.target, self.options.format, began, made)
+        result = Converted(self.report, self.target, self.options.format, began, made, self.columns.what)
         note = {"settings": self.settings, **result.json()}
         if self.report.bad:
-            _replace(self.partial / SKIPPED, _lines(self.report.bad))
-        _replace(self.partial / REPORT, (json.dumps(note, indent=1) + "\n").encode())
+            swap(self.partial / SKIPPED, _lines(self.report.bad))
+        swap(self.partial / REPORT, (json.dumps(note, indent=1) + "\n").encode())
         os.replace(self.partial, self.target)
         self._tidy()
         return result
@@ -256,7 +286,7 @@ class Work:
             raise UserError(f"'{self.target}' exists already; delete it, or name another place") from error
         self._tidy()
         report = Report(note["source"], self.report.format, **counts, bad=bad)
-        return Converted(report, self.target, self.options.format, made=note.get("made", {}))
+        return Converted(report, self.target, self.options.format, 0, note.get("made", {}), self.columns.what)
 
     def _tidy(self) -> None:
         for name in (NOTE, KEYS, FLAWS, LOCK):
@@ -294,7 +324,7 @@ class Work:
             self.filters.restore(journal)
             for name, size in ((KEYS, len(journal)), (FLAWS, note["skipped"])):
                 os.truncate(self.partial / name, size)
-        return WRITERS[self.options.format](self.partial, self.fields(), state)
+        return WRITERS[self.options.format](self.partial, self.columns.kind, self.fields(), state)
 
     def _pieces(self, writer: Writer) -> Iterator[None]:
         """Write rows; a turn for each piece that is durable."""
@@ -309,7 +339,7 @@ class Work:
             else:
                 writer.add(made)
                 self.kept += 1
-                size += len(made.chosen.data) + len(made.rejected.data)
+                size += made.size
             rows += 1
             full = self.kept == limit
             if rows == PIECE_ROWS or size >= PIECE_BYTES or full or (self.recipe.strict and self.report.flaws):
@@ -352,21 +382,23 @@ class Work:
         """The source's own columns that a change wants to see, or that Pick-a-Pic has besides."""
         if self.change is not None:
             return {name: self.table.value(i, name) for name in self.change.keeps if name in self.table.columns}
-        if self.options.format != "pickapic" or not self.columns.pick:
+        if self.options.format != "pickapic" or not (isinstance(self.columns, PairColumns) and self.columns.pick):
             return {}
         return {name: self.table.value(i, name) for name in self.table.columns if not self.table.holds_bytes(name)}
 
     def _make(
         self, draft: Draft, looks: list[Look], pictures: list[Picture], others: dict[str, Any]
     ) -> Record | BadRow:
-        row = make_pair(draft, looks, self.recipe, self.filters, self.names)
+        row = self.columns.make(draft, looks, self.recipe, self.filters, self.names)
         if isinstance(row, BadRow):
             return row
-        turned = row.chosen.digest != looks[0].digest
-        chosen, rejected = pictures[::-1] if turned else pictures
+        places = [ref.name for ref in draft.refs]
+        order = [places.index(ref.name) for ref in row.images.values()]
+        turned = order[0] > 0
+        named = {name: pictures[place] for name, place in zip(row.images, order, strict=True)}
         if self.change is not None:
             row, others = self.change.apply(row, {**others, "turned": turned})
-        return Record(self.kept, draft.id or None, row, chosen, rejected, turned, others)
+        return Record(self.kept, draft.id or None, row, named, turned, others)
 
     def _commit(self, writer: Writer, upto: int, skipped: int) -> None:
         """Everything up to source row ``upto`` is on the disk."""
@@ -383,20 +415,13 @@ class Work:
             "skipped": (self.partial / FLAWS).stat().st_size,
             "writer": state,
         }
-        _replace(self.partial / NOTE, json.dumps(note).encode())
+        swap(self.partial / NOTE, json.dumps(note).encode())
         self.saved = self.kept
 
 
 def _lines(rows: list[BadRow]) -> bytes:
     facts = [{"place": bad.place, "reason": bad.reason, "detail": bad.detail} for bad in rows]
     return "".join(json.dumps(fact) + "\n" for fact in facts).encode()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    beside.unlink(missing_ok=True)
-    _append(beside, data)
-    os.replace(beside, path)
 
 
 def _append(path: Path, data: bytes) -> None:

@@ -43,22 +43,39 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file beside ``path`` that takes its name when it is whole: flushed to the disk, then renamed.
-
-    Raises:
-        RunError: the disk is full. UserError: the folder is not writable.
-    """
-    make_folder(path.parent)
-    beside = path.parent / f".{path.name}.{os.getpid()}.tmp"
+def swapping(path: Path, beside: Path | None = None) -> Iterator[BinaryIO]:
+    """A file ``beside`` a path (``.NAME.tmp``) that takes its name when it is whole: flushed to the disk, then renamed.
+    Raises OSError, and leaves nothing then."""
+    beside = beside or path.with_name(f".{path.name}.tmp")
     try:
         with open(beside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except OSError as error:
+    except OSError:
         beside.unlink(missing_ok=True)
+        raise
+
+
+def swap(path: Path, data: bytes) -> None:
+    """A file whose content is replaced as a whole or not at all. Raises OSError."""
+    with swapping(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """`swapping` for files of the cache, whose folder is made and flushed, too.
+
+    Raises:
+        RunError: the disk is full. UserError: the folder is not writable.
+    """
+    make_folder(path.parent)
+    try:
+        with swapping(path, path.parent / f".{path.name}.{os.getpid()}.tmp") as file:
+            yield file
+    except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunError(
                 f"disk full: '{path.parent}' has no room for '{path.name}'; what is written so far is kept: free some "

@@ -76,18 +76,25 @@ class Filters:
         prompt = number_of(prompts[0] or "")
         if self.near is not None and self.is_near(prompt, (first.hash, second.hash)):
             return "near duplicate", "of an earlier pair of this prompt"
-        self._remember(key, prompt, (first.hash, second.hash))
-        if self.journal is not None:
-            self.journal += ENTRY.pack(key, prompt, first.hash, second.hash)
+        self._keep(key, prompt, (first.hash, second.hash))
         return None
 
     def refuse_one(self, prompt: str, look: Look) -> tuple[str, str] | None:
-        """The same for a captioned picture: only nearly equal ones of the same prompt."""
-        if self.near is not None:
-            number = number_of(prompt)
-            if self.is_near(number, (look.hash,)):
-                return "near duplicate", "of an earlier picture of this prompt"
-            self._remember(0, number, (look.hash,))
+        """The same for a captioned picture."""
+        key, number = number_of(prompt, look.digest), number_of(prompt)
+        if self.exact and key in self.seen:
+            return "duplicate", ""
+        if self.near is not None and self.is_near(number, (look.hash, look.hash)):
+            return "near duplicate", "of an earlier picture of this prompt"
+        self._keep(key, number, (look.hash, look.hash))
+        return None
+
+    def refuse_list(self, prompt: str, looks: Sequence[Look]) -> tuple[str, str] | None:
+        """The same for a list of pictures: only equal ones in equal order."""
+        key = number_of(prompt, *(look.digest for look in looks))
+        if self.exact and key in self.seen:
+            return "duplicate", ""
+        self._keep(key, number_of(prompt), (0, 0))
         return None
 
     def restore(self, journal: bytes) -> None:
@@ -103,6 +110,11 @@ class Filters:
                 if all((a ^ b).bit_count() <= self.near for a, b in zip(known, order, strict=True)):
                     return True
         return False
+
+    def _keep(self, key: int, prompt: int, hashes: tuple[int, int]) -> None:
+        self._remember(key, prompt, hashes)
+        if self.journal is not None:
+            self.journal += ENTRY.pack(key, prompt, *hashes)
 
     def _remember(self, key: int, prompt: int, hashes: tuple[int, ...]) -> None:
         if self.exact:

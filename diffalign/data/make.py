@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ..errors import UserError
+from .files import swap, swapping
 from .mix import Policy, choose_pairs, mix_scores, parse_weights, ranking, win_rates
 from .rows import ImageRef, PairRow
 from .scan import look_at, workers
@@ -265,11 +265,8 @@ def pairs(
             better, worse = shots[a], shots[b]
             gap = better.phi - worse.phi
             counts["pairs compared"] += 1
-            counts["ties"] += gap == 0
-            counts["below the gap"] += 0 < gap < options.gap
-            if (gap == 0 and options.ties == "skip") or 0 < gap < options.gap:
+            if not _worth(gap, options, counts):
                 continue
-            counts["kept"] += 1
             row: dict[str, Any] = {"id": f"{prompt.id}-{a}-{b}", "prompt": prompt.prompt}
             sides = {"chosen": better, "rejected": worse}
             row |= {f"{side}_file_name": shot.file for side, shot in sides.items()}
@@ -294,16 +291,22 @@ def lists(
         ranked = [shots[i] for i in ranking(np.array([shot.phi for shot in shots]))]
         gap = ranked[0].phi - ranked[-1].phi
         counts["lists compared"] += 1
-        counts["ties"] += gap == 0
-        counts["below the gap"] += 0 < gap < options.gap
-        if (gap == 0 and options.ties == "skip") or 0 < gap < options.gap:
+        if not _worth(gap, options, counts):
             continue
-        counts["kept"] += 1
         row: dict[str, Any] = {"id": prompt.id, "prompt": prompt.prompt, "images": [shot.file for shot in ranked]}
         row["scores"] = [shot.phi for shot in ranked]
         row |= {name: [float(shot.scores[i]) for shot in ranked] for i, name in enumerate(scorers)}
         row |= {"models": [s.label for s in ranked], "weights": [s.weights for s in ranked]}
         yield {**row, "seeds": [shot.seed for shot in ranked], "scorers": dict(scorers)}
+
+
+def _worth(gap: float, options: MakeOptions, counts: dict[str, int]) -> bool:
+    """Whether a pair or a list with this gap is written; counted either way."""
+    narrow = 0 < gap < options.gap
+    kept = not narrow and (gap > 0 or options.ties == "keep")
+    for name, found in (("ties", gap == 0), ("below the gap", narrow), ("kept", kept)):
+        counts[name] += found
+    return kept
 
 
 def _with(prompts: Sequence[Prompt], found: Mapping[str, list[Shot]]) -> Iterator[tuple[Prompt, list[Shot]]]:
@@ -315,18 +318,13 @@ def write(out: Path, rows: Sequence[dict[str, Any]], facts: Mapping[str, Any], f
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     chosen = [rows[i * len(rows) // min(SHOWN, len(rows))] for i in range(min(SHOWN, len(rows)))]
     try:
-        _replace(out / FACTS, lambda path: path.write_text(json.dumps(facts, indent=1, default=str) + "\n", "utf-8"))
+        swap(out / FACTS, (json.dumps(facts, indent=1, default=str) + "\n").encode())
         sheet = list_sheet(out, chosen) if form == "ranked" else pair_sheet(out, chosen)
-        _replace(out / SHEET, lambda path: sheet.save(path, "PNG"))
-        _replace(out / TABLE, lambda path: path.write_text(lines, "utf-8"))
+        with swapping(out / SHEET) as file:
+            sheet.save(file, "PNG")
+        swap(out / TABLE, lines.encode())
     except OSError as error:
         raise UserError(f"'{out}' cannot be written ({error.strerror or error}); choose another --out") from error
-
-
-def _replace(path: Path, save: Callable[[Path], object]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    save(partial)
-    os.replace(partial, path)
 
 
 def pair_sheet(out: Path, rows: Sequence[dict[str, Any]]) -> Any:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..keyed import generator
 from ..recipe import DataRecipe
-from .filters import Names
+from .filters import Filters, Names
 from .images import ImageError
-from .readers import Progress, Reading, column_of, own_ids, settle, table_of
+from .readers import Columns, Draft, Progress, Reading, column_of, open_rows, prompt_of, table_of
 from .rows import BadRow, Cell, ImageRef, RankedRow, Report, digest_of, file_stamp
-from .scan import KEEP_FROM, SAVE_EVERY, Look, Scanner
+from .scan import Look
 from .table import Table
 
 IMAGES = ("images", "image_path")
@@ -72,71 +72,64 @@ def open_ranked(recipe: DataRecipe, progress: Progress | None = None, table: Tab
     """Lists with the columns ``prompt``, ``images`` (or ``image_path``) and ``scores`` (higher is better) or ``rank``
     (1 or 0 is best), one after another; what is raised at the end comes after the last row.
 
-    A row with an unreadable picture, with fewer than two pictures or with another number of scores is left out.
-    ``shuffle_labels`` deals a list's scores out anew, keyed by its id. ``rewards`` names further columns of scores.
+    A row with an unreadable picture, with fewer than two pictures or with another number of scores is left out, and so
+    is a tie, unless ``ties`` is keep: a list whose scores, and rewards if there are any, are all equal, which teaches
+    nothing. ``shuffle_labels`` deals a list's scores out anew, keyed by its id. ``rewards`` names further columns of
+    scores.
 
     Raises:
         UserError: as ``read_pairs``.
     """
-    table = table or table_of(recipe)
-    names = column_of(table, PROMPTS), column_of(table, IMAGES), column_of(table, ORDERS)
-    ids = own_ids(table)
-    for name in recipe.rewards:
-        column_of(table, (name,))
-    report = Report(table.label, table.format, rows=len(table.bad), bad=list(table.bad))
-
-    def rows() -> Iterator[RankedRow]:
-        known, i = Names(), 0
-        with Scanner(recipe, table.label, 2 * (table.total or KEEP_FROM)) as scanner:
-            while table.exists(i):
-                report.rows += 1
-                try:
-                    row = _row(table, i, names, recipe.rewards, scanner)
-                    if recipe.duplicates == "skip" and row.id in known:
-                        raise ImageError("", "duplicate")
-                except ImageError as error:
-                    report.bad.append(BadRow(table.place(i), error.reason, str(error)))
-                else:
-                    report.usable += 1
-                    name = known.take(row.id)
-                    row = replace(row, id=str(table.value(i, ids)) if ids else name)
-                    yield _dealt(row) if recipe.shuffle_labels else row
-                i += 1
-                scanner.save(SAVE_EVERY)
-                if progress is not None:
-                    progress(i, table.total or 0)
-                if report.usable == recipe.max_pairs:
-                    break
-        report.available = len(table.bad) + (table.total or i)
-        settle(report, report.usable, recipe, "list")
-
-    return Reading(table, report, rows())
+    return open_rows(recipe, progress, ListColumns(table or table_of(recipe), recipe.rewards))
 
 
-def _row(table: Table, i: int, names: tuple[str, str, str], rewards: Sequence[str], scanner: Scanner) -> RankedRow:
-    """The list of a row, best first, under a name made of its content. Raises ImageError."""
-    _, images, order = names
-    text, listed, marks = (table.value(i, name) for name in names)
-    if not isinstance(text, str) or not text.strip():
-        raise ImageError("", "no prompt")
-    if not isinstance(listed, list) or len(listed) < 2:
-        count = f"{len(listed)} in '{images}'" if isinstance(listed, list) else f"'{images}' is no list"
-        raise ImageError(f"{count}: a list has two pictures or more", "malformed row")
-    scores, *others = (_scores(m, n) for m, n in ((marks, order), *((table.value(i, n), n) for n in rewards)))
-    for numbers, column in zip((scores, *others), (order, *rewards), strict=True):
-        if len(numbers) != len(listed):
-            raise ImageError(f"{len(listed)} pictures, {len(numbers)} {column}", "malformed row")
-    lists = Lists(table)
-    refs = [lists.ref(i, f"{images}[{k}]") for k in range(len(listed))]
-    looks: list[Look] = scanner.look(refs)
-    for look in looks:
-        if look.error:
-            raise ImageError(look.error, look.reason)
-    best = sorted(range(len(refs)), key=lambda k: -scores[k])
-    name = digest_of(text.encode(errors="replace"), *(look.digest.encode() for look in looks))[:20]
-    pictures = tuple(looks[k].apply(refs[k]) for k in best)
-    more = tuple((n, tuple(numbers[k] for k in best)) for n, numbers in zip(rewards, others, strict=True))
-    return RankedRow(name, text, pictures, tuple(scores[k] for k in best), more)
+class ListColumns(Columns[RankedRow]):
+    """Columns of ranked lists; ``rewards``: names of those with further scores."""
+
+    kind, what, pictures = "ranked", "list", 2
+
+    def __init__(self, table: Table, rewards: Sequence[str] = ()) -> None:
+        self.prompt, self.images = column_of(table, PROMPTS), column_of(table, IMAGES)
+        self.order, self.rewards = column_of(table, ORDERS), [column_of(table, (name,)) for name in rewards]
+        self.lists = Lists(table)
+        super().__init__(table)
+
+    def fields(self) -> list[str]:
+        return ["scores", *self.rewards]
+
+    def draft(self, i: int) -> Draft:
+        table, images, prompt = self.table, self.images, prompt_of(self.table, i, self.prompt)
+        listed = table.value(i, images)
+        if not isinstance(listed, list) or len(listed) < 2:
+            count = f"{len(listed)} in '{images}'" if isinstance(listed, list) else f"'{images}' is no list"
+            raise ImageError(f"{count}: a list has two pictures or more", "malformed row")
+        scores, *others = (_scores(table.value(i, name), name) for name in (self.order, *self.rewards))
+        for numbers, column in zip((scores, *others), (self.order, *self.rewards), strict=True):
+            if len(numbers) != len(listed):
+                raise ImageError(f"{len(listed)} pictures, {len(numbers)} {column}", "malformed row")
+        refs = tuple(self.lists.ref(i, f"{images}[{k}]") for k in range(len(listed)))
+        rewards = tuple(zip(self.rewards, map(tuple, others), strict=True))
+        return Draft(table.place(i), self.name(i), (prompt, None), refs, tuple(scores), rewards=rewards)
+
+    def make(
+        self, draft: Draft, looks: Sequence[Look], recipe: DataRecipe, filters: Filters, names: Names
+    ) -> RankedRow | BadRow:
+        """Best first."""
+        prompt, scores = draft.prompts[0], [score or 0.0 for score in draft.scores]
+        if recipe.ties != "keep" and all(len(set(n)) == 1 for n in (scores, *(r for _, r in draft.rewards))):
+            return draft.bad("tie", "all scores are equal")
+        flaw = filters.refuse_list(prompt, looks)
+        if flaw:
+            return draft.bad(*flaw)
+        name = names.take(digest_of(prompt.encode(), *(look.digest.encode() for look in looks))[:20])
+        best = sorted(range(len(looks)), key=lambda k: -scores[k])
+        pictures = tuple(looks[k].apply(draft.refs[k]) for k in best)
+        more = tuple((reward, tuple(values[k] for k in best)) for reward, values in draft.rewards)
+        row = RankedRow(draft.id or name, prompt, pictures, tuple(scores[k] for k in best), more)
+        return _dealt(row) if recipe.shuffle_labels else row
+
+    def ties(self, row: RankedRow) -> int:
+        return int(len(set(row.scores)) == 1)
 
 
 def _dealt(row: RankedRow) -> RankedRow:

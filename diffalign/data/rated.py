@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 from ..recipe import DataRecipe
 from .filters import Filters, Names
 from .images import ImageError
-from .readers import Draft, Progress, Reading, coin, column_of, own_ids, prompt_column, prompt_of, settle, walk
-from .rows import RatedRow, Report, digest_of
+from .readers import Draft, Progress, Reading, SingleColumns, coin, column_of, open_rows, prompt_of
+from .rows import BadRow, RatedRow
+from .scan import Look
 from .table import Table
 
 # What a label may say; the words are those of the lists that Diffusion-KTO's code makes of Pick-a-Pic.
@@ -26,35 +27,35 @@ def open_rated(recipe: DataRecipe, progress: Progress | None, table: Table) -> R
     Raises:
         UserError: as ``read_pairs``.
     """
-    prompt, image = prompt_column(table), column_of(table, ("image", "file_name"))
-    label, ids = column_of(table, ("label", "split")), own_ids(table)
-    report = Report(table.label, table.format)
+    return open_rows(recipe, progress, RatedColumns(table))
 
-    def draft(i: int) -> Draft:
-        liked = _label(table, i, label)
-        name = str(table.value(i, ids)) if ids else ""
-        return Draft(table.place(i), name, (prompt_of(table, i, prompt), None), (table.ref(i, image),), (), liked)
 
-    def rows() -> Iterator[RatedRow]:
-        filters, names = Filters(recipe), Names()
-        for found, (look,) in walk(table, (image,), draft, recipe, report, progress):
-            content = digest_of(found.prompts[0].encode(), look.digest.encode())[:20]
-            flaw = ("duplicate", "") if recipe.duplicates == "skip" and content in names else None
-            flaw = flaw or filters.refuse_one(found.prompts[0], look)
-            if flaw:
-                report.bad.append(found.bad(*flaw))
-                continue
-            name = names.take(content)
-            name = found.id or name
-            report.usable += 1
-            turned = recipe.shuffle_labels and coin("shuffle_labels", name)
-            sign = -found.preference if turned else found.preference
-            yield RatedRow(name, found.prompts[0], look.apply(found.refs[0]), sign)
-            if report.usable == recipe.max_pairs:
-                break
-        settle(report, report.usable, recipe, "rated picture")
+class RatedColumns(SingleColumns[RatedRow]):
+    """Columns of rated pictures."""
 
-    return Reading(table, report, rows())
+    kind, what = "rated", "rated picture"
+
+    def __init__(self, table: Table) -> None:
+        super().__init__(table, ("image", "file_name"))
+        self.label = column_of(table, ("label", "split"))
+
+    def fields(self) -> list[str]:
+        return ["label"]
+
+    def draft(self, i: int) -> Draft:
+        table, liked = self.table, _label(self.table, i, self.label)
+        prompt = prompt_of(table, i, self.prompt)
+        return Draft(table.place(i), self.name(i), (prompt, None), (table.ref(i, self.image),), (), liked)
+
+    def make(
+        self, draft: Draft, looks: Sequence[Look], recipe: DataRecipe, filters: Filters, names: Names
+    ) -> RatedRow | BadRow:
+        name = self.named(draft, looks[0], filters, names)
+        if isinstance(name, BadRow):
+            return name
+        turned = recipe.shuffle_labels and coin("shuffle_labels", name)
+        sign = -draft.preference if turned else draft.preference
+        return RatedRow(name, draft.prompts[0], looks[0].apply(draft.refs[0]), sign)
 
 
 def _label(table: Table, i: int, column: str) -> float:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import numpy as np
 
@@ -35,11 +35,13 @@ CHUNK = 256
 D = TypeVar("D")
 USERS = ("user", "user_id")
 IDS = ("id", "ranking_id", "pair_id")
+PAIR_COLUMNS = {"chosen", "jpg_0", "chosen_file_name"}  # one of them makes a table one of pairs
 
 
 @dataclass(frozen=True)
 class Draft:
-    """A row before its pictures were looked at. ``preference`` is for the first picture: 1, 0, or 0.5 for a tie."""
+    """A row before its pictures were looked at. ``preference`` is for the first picture: 1, 0, or 0.5 for a tie; of a
+    rated picture its label. ``rewards``: further scores of a list's pictures."""
 
     place: str
     id: str
@@ -48,6 +50,7 @@ class Draft:
     scores: tuple[float | None, ...]
     preference: float = 1.0
     user: str | None = None
+    rewards: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
     def bad(self, reason: str, detail: str = "") -> BadRow:
         return BadRow(self.place, reason, detail, self.prompts[0], self.refs)
@@ -60,6 +63,39 @@ class Reading(Generic[R]):
     table: Table
     report: Report
     rows: Iterator[R]
+
+
+class Columns(Generic[R]):
+    """Which columns of a table hold what, and what rows become of them. ``pictures``: how many a row has, about."""
+
+    kind: ClassVar[Literal["pair", "image", "rated", "ranked"]]
+    what: ClassVar[str]
+    pictures = 1
+
+    def __init__(self, table: Table) -> None:
+        self.table, self.ids = table, own_ids(table)
+
+    def name(self, i: int) -> str:
+        """The row's own id; "" where the rows have none."""
+        return str(self.table.value(i, self.ids)) if self.ids else ""
+
+    def fields(self) -> list[str]:
+        """The plain columns besides id and prompt that rows of this table can have values in."""
+        return []
+
+    def draft(self, i: int) -> Draft:
+        """Raises ImageError or _BadValue for a row that cannot be read."""
+        raise TypeError(f"{type(self).__name__} reads no rows")
+
+    def make(
+        self, draft: Draft, looks: Sequence[Look], recipe: DataRecipe, filters: Filters, names: Names
+    ) -> R | BadRow:
+        """The row after the policies; or why it is left out."""
+        raise TypeError(f"{type(self).__name__} makes no rows")
+
+    def ties(self, row: R) -> int:
+        """Whether a row is a tie that was kept."""
+        return 0
 
 
 class _BadValue(Exception):
@@ -93,23 +129,27 @@ def read_pairs(recipe: DataRecipe, progress: Progress | None = None) -> PairSet:
 
 def open_pairs(recipe: DataRecipe, progress: Progress | None = None, table: Table | None = None) -> Reading[PairRow]:
     """The same, one after another; what :func:`read_pairs` raises at its end comes after the last row."""
-    table = table or table_of(recipe)
-    columns = PairColumns.of(table)
+    return open_rows(recipe, progress, PairColumns.of(table or table_of(recipe)))
+
+
+def open_rows(recipe: DataRecipe, progress: Progress | None, columns: Columns[R]) -> Reading[R]:
+    """The rows of a table, one after another; what is wrong with them as a whole is raised after the last one."""
+    table = columns.table
     report = Report(table.label, table.format)
 
-    def rows() -> Iterator[PairRow]:
+    def rows() -> Iterator[R]:
         filters, names = Filters(recipe), Names()
-        for draft, looks in walk(table, columns.images, columns.draft, recipe, report, progress):
-            row = make_pair(draft, looks, recipe, filters, names)
+        for draft, looks in walk(table, columns.pictures, columns.draft, recipe, report, progress):
+            row = columns.make(draft, looks, recipe, filters, names)
             if isinstance(row, BadRow):
                 report.bad.append(row)
                 continue
             report.usable += 1
-            report.ties_kept += row.tie
+            report.ties_kept += columns.ties(row)
             yield row
             if report.usable == recipe.max_pairs:
                 break
-        settle(report, report.usable, recipe, "pair")
+        settle(report, report.usable, recipe, columns.what)
 
     return Reading(table, report, rows())
 
@@ -130,38 +170,7 @@ def read_images(recipe: DataRecipe, progress: Progress | None = None) -> ImageSe
 
 def open_images(recipe: DataRecipe, progress: Progress | None = None, table: Table | None = None) -> Reading[ImageRow]:
     """The same, one after another; what :func:`read_images` raises at its end comes after the last row."""
-    table = table or table_of(recipe)
-    prompt = prompt_column(table)
-    image = column_of(table, ("file_name", "image"))
-    ids = own_ids(table)
-    report = Report(table.label, table.format)
-
-    def draft(i: int) -> Draft:
-        return Draft(
-            table.place(i),
-            str(table.value(i, ids)) if ids else "",
-            (prompt_of(table, i, prompt), None),
-            (table.ref(i, image),),
-            (_number(table, i, "score"),),
-        )
-
-    def rows() -> Iterator[ImageRow]:
-        filters, names = Filters(recipe), Names()
-        for found, (look,) in walk(table, (image,), draft, recipe, report, progress):
-            content = digest_of(found.prompts[0].encode(), look.digest.encode())[:20]
-            flaw = ("duplicate", "") if recipe.duplicates == "skip" and content in names else None
-            flaw = flaw or filters.refuse_one(found.prompts[0], look)
-            if flaw:
-                report.bad.append(found.bad(*flaw))
-                continue
-            name = names.take(content)
-            report.usable += 1
-            yield ImageRow(found.id or name, found.prompts[0], look.apply(found.refs[0]), found.scores[0])
-            if report.usable == recipe.max_pairs:
-                break
-        settle(report, report.usable, recipe, "picture")
-
-    return Reading(table, report, rows())
+    return open_rows(recipe, progress, ImageColumns(table or table_of(recipe)))
 
 
 def row_folder(recipe: DataRecipe) -> Path | None:
@@ -178,17 +187,18 @@ def table_of(recipe: DataRecipe) -> Table:
 
 def walk(
     table: Table,
-    images: tuple[str, ...],
+    pictures: int,
     draft: Callable[[int], Draft],
     recipe: DataRecipe,
     report: Report,
     progress: Progress | None,
 ) -> Iterator[tuple[Draft, list[Look]]]:
-    """Drafts with looks at their pictures; what cannot become one goes to the report."""
+    """Drafts with looks at their pictures, of which a row has about ``pictures``; what cannot become one goes to the
+    report."""
     report.rows = len(table.bad)
     report.bad += table.bad
     expected = min(table.total or KEEP_FROM, recipe.max_pairs or table.total or KEEP_FROM)
-    with Scanner(recipe, table.label, len(images) * expected) as scanner:
+    with Scanner(recipe, table.label, pictures * expected) as scanner:
         start = 0
         while table.exists(start):
             drafts: list[Draft | BadRow] = []
@@ -224,33 +234,6 @@ def draft_or_flaw(table: Table, i: int, draft: Callable[[int], D]) -> D | BadRow
         return BadRow(table.place(i), error.reason, str(error))
 
 
-def make_pair(
-    draft: Draft, looks: Sequence[Look], recipe: DataRecipe, filters: Filters, names: Names
-) -> PairRow | BadRow:
-    """The pair, winner first, after the policies; or why it is left out."""
-    tie = draft.preference == 0.5
-    if tie and recipe.ties == "skip":
-        return draft.bad("tie")
-    a, b = draft.scores
-    gap = None if a is None or b is None else (b - a if draft.preference == 0 else a - b)
-    flaw = filters.refuse(draft.prompts, looks, gap)
-    if flaw:
-        return draft.bad(*flaw)
-    first, second = (look.apply(ref) for look, ref in zip(looks, draft.refs, strict=True))
-    row = PairRow("", draft.prompts[0], first, second, draft.prompts[1], a, b, tie, draft.user)
-    if draft.preference == 0:
-        row = _swapped(row)
-    content = digest_of(row.prompt.encode(), row.chosen.digest.encode(), row.rejected.digest.encode())[:20]
-    row = replace(row, id=draft.id or names.take(content))
-    if tie and recipe.ties == "random":
-        row = replace(_swapped(row) if coin("tie", row.id) else row, tie=False)
-    if recipe.shuffle_labels and coin("shuffle_labels", row.id):
-        row = replace(_swapped(row), chosen_score=row.chosen_score, rejected_score=row.rejected_score)
-    if recipe.perturb and row.rejected_prompt is None:
-        row = replace(row, rejected_prompt=perturb(row.prompt, LEVELS[recipe.perturb]))
-    return row
-
-
 def _swapped(row: PairRow) -> PairRow:
     """Winner and loser exchanged; each picture keeps its score and its own prompt."""
     prompt, other = (row.prompt, None) if row.rejected_prompt is None else (row.rejected_prompt, row.prompt)
@@ -283,17 +266,15 @@ def settle(report: Report, usable: int, recipe: DataRecipe, what: str) -> None:
         raise UserError(f"no usable {what} in '{report.source}': {report.summary()}{first}")
 
 
-@dataclass(frozen=True)
-class PairColumns:
-    """Which columns of a table hold what."""
+class PairColumns(Columns[PairRow]):
+    """Columns of pairs."""
 
-    table: Table
-    prompt: str
-    images: tuple[str, str]
-    scores: tuple[str, str]
-    pick: bool
-    ids: str | None
-    other: str = "rejected_prompt"  # the second picture's own prompt
+    kind, what, pictures = "pair", "pair", 2
+
+    def __init__(self, table: Table, prompt: str, images: tuple[str, str], scores: tuple[str, str], pick: bool) -> None:
+        super().__init__(table)
+        self.prompt, self.images, self.scores, self.pick = prompt, images, scores, pick
+        self.other = "caption_1" if prompt == "caption_0" else "rejected_prompt"  # the second picture's own prompt
 
     @staticmethod
     def of(table: Table) -> PairColumns:
@@ -311,11 +292,10 @@ class PairColumns:
                 column_of(table, ("rejected", "rejected_file_name")),
             )
             scores = ("chosen_score", "rejected_score")
-        other = "caption_1" if double else "rejected_prompt"
-        return PairColumns(table, prompt, images, scores, pick, own_ids(table), other)
+        return PairColumns(table, prompt, images, scores, pick)
 
     def fields(self) -> list[str]:
-        """The optional plain columns that rows of this table can have values in, under the names of a pair."""
+        """Under the names of a pair."""
         has = set(self.table.columns)
         found = ["rejected_prompt"] if self.other in has else []
         if self.scores[0] in has and self.scores[1] in has:
@@ -325,20 +305,48 @@ class PairColumns:
         return found + (["tie"] if self.pick or has & {"tie", "label"} else [])
 
     def draft(self, i: int) -> Draft:
-        """Raises ImageError or _BadValue for a row that cannot be read."""
         table = self.table
         other = table.value(i, self.other)
         if other is not None and not isinstance(other, str):
             raise _BadValue("malformed row", f"'{self.other}' is no text")
         return Draft(
             table.place(i),
-            str(table.value(i, self.ids)) if self.ids else "",
+            self.name(i),
             (prompt_of(table, i, self.prompt), other and _whole(other, self.other)),
             tuple(table.ref(i, column) for column in self.images),
             tuple(_number(table, i, column) for column in self.scores),
             self._picked(i) if self.pick else self._written(i),
             _user(table, i),
         )
+
+    def make(
+        self, draft: Draft, looks: Sequence[Look], recipe: DataRecipe, filters: Filters, names: Names
+    ) -> PairRow | BadRow:
+        """Winner first."""
+        tie = draft.preference == 0.5
+        if tie and recipe.ties == "skip":
+            return draft.bad("tie")
+        a, b = draft.scores
+        gap = None if a is None or b is None else (b - a if draft.preference == 0 else a - b)
+        flaw = filters.refuse(draft.prompts, looks, gap)
+        if flaw:
+            return draft.bad(*flaw)
+        first, second = (look.apply(ref) for look, ref in zip(looks, draft.refs, strict=True))
+        row = PairRow("", draft.prompts[0], first, second, draft.prompts[1], a, b, tie, draft.user)
+        if draft.preference == 0:
+            row = _swapped(row)
+        content = digest_of(row.prompt.encode(), row.chosen.digest.encode(), row.rejected.digest.encode())[:20]
+        row = replace(row, id=draft.id or names.take(content))
+        if tie and recipe.ties == "random":
+            row = replace(_swapped(row) if coin("tie", row.id) else row, tie=False)
+        if recipe.shuffle_labels and coin("shuffle_labels", row.id):
+            row = replace(_swapped(row), chosen_score=row.chosen_score, rejected_score=row.rejected_score)
+        if recipe.perturb and row.rejected_prompt is None:
+            row = replace(row, rejected_prompt=perturb(row.prompt, LEVELS[recipe.perturb]))
+        return row
+
+    def ties(self, row: PairRow) -> int:
+        return int(row.tie)
 
     def _picked(self, i: int) -> float:
         """Pick-a-Pic: label_0 is 1 when jpg_0 was preferred, 0.5 for a tie; label_1 = 1 - label_0."""
@@ -357,6 +365,44 @@ class PairColumns:
         if label not in (None, 0.0, 0.5, 1.0):
             raise _BadValue("bad label", f"label {label:g} is none of 1, 0.5, 0")
         return 1.0 if label is None else label
+
+
+class SingleColumns(Columns[R]):
+    """Columns of single pictures with a prompt."""
+
+    def __init__(self, table: Table, image: tuple[str, ...]) -> None:
+        self.prompt, self.image = prompt_column(table), column_of(table, image)
+        super().__init__(table)
+
+    def named(self, draft: Draft, look: Look, filters: Filters, names: Names) -> str | BadRow:
+        """The picture's id; or why it is left out."""
+        flaw = filters.refuse_one(draft.prompts[0], look)
+        if flaw:
+            return draft.bad(*flaw)
+        name = names.take(digest_of(draft.prompts[0].encode(), look.digest.encode())[:20])
+        return draft.id or name
+
+
+class ImageColumns(SingleColumns[ImageRow]):
+    """Columns of captioned pictures."""
+
+    kind, what = "image", "picture"
+
+    def __init__(self, table: Table) -> None:
+        super().__init__(table, ("file_name", "image"))
+
+    def draft(self, i: int) -> Draft:
+        table, prompt = self.table, prompt_of(self.table, i, self.prompt)
+        score = _number(table, i, "score")
+        return Draft(table.place(i), self.name(i), (prompt, None), (table.ref(i, self.image),), (score,))
+
+    def make(
+        self, draft: Draft, looks: Sequence[Look], recipe: DataRecipe, filters: Filters, names: Names
+    ) -> ImageRow | BadRow:
+        name = self.named(draft, looks[0], filters, names)
+        if isinstance(name, BadRow):
+            return name
+        return ImageRow(name, draft.prompts[0], looks[0].apply(draft.refs[0]), draft.scores[0])
 
 
 def column_of(table: Table, names: tuple[str, ...]) -> str:

@@ -22,16 +22,15 @@ from .images import ImageError
 from .prompts import is_prompt_list, open_prompts, read_prompt_list
 from .ranked import Lists, is_ranked, open_ranked
 from .rated import open_rated
-from .readers import open_images, open_pairs, row_folder, table_of
+from .readers import PAIR_COLUMNS, open_images, open_pairs, row_folder, settle, table_of
 from .rowkinds import RankedRows, RatedRows, lists, lists_stream, rated, rated_stream
-from .rows import FLAWS, BadRow, ImageRow, PairRow, Report, digest_of
+from .rows import FLAWS, BadRow, ImageRow, PairRow, RankedRow, Report, digest_of
 from .rowtable import ImageRows, PairRows, PromptRows, Rows, Stream
 from .scan import KEEP_FROM
 from .table import Table
 
 Progress = Callable[[int, int], None]
-CODE = "2"  # raised whenever the same data would give other rows
-PAIR_COLUMNS = {"chosen", "jpg_0", "chosen_file_name"}
+CODE = "3"  # raised whenever the same data would give other rows
 # What does not decide which rows there are.
 APART = {"resolution", "buckets", "crop", "flip", "caption_dropout", "cache", "cache_dir", "latents", "posterior"}
 APART |= {"encode_batch", "reference_errors", "streaming", "scorer", "curriculum"}
@@ -66,7 +65,7 @@ def read_rows(recipe: DataRecipe, kind: str, progress: Progress | None = None) -
         reading = openers.get(stored, open_prompts)(recipe, progress, table)
         if recipe.streaming:
             rows = _empty(kind, recipe, table)
-            passing = PARTS[kind][1](reading.rows) if stored != kind else reading.rows
+            passing = PARTS[kind][1](reading.rows, recipe, reading.report) if stored != kind else reading.rows
             kept = RowFile(recipe, table, ROWS[kind])
             return Stream(passing, rows, lambda done: kept.save(done, reading.report)), reading.report
         whole = list(reading.rows) if stored == "ranked" else reading.rows
@@ -75,14 +74,34 @@ def read_rows(recipe: DataRecipe, kind: str, progress: Progress | None = None) -
         RowFile(recipe, _table_for(stored, table), ROWS[stored]).save(rows, reading.report)
         found = rows, reading.report
     rows, report = found
-    rows = PARTS[kind][0](rows) if isinstance(rows, PairRows) and kind in PARTS else rows
+    if isinstance(rows, PairRows) and kind in PARTS:
+        rows = PARTS[kind][0](rows, recipe, report)
     if isinstance(rows, RatedRows):
         rows.of_pairs = stored != kind
     return rows, report
 
 
-def _winners(rows: Iterator[PairRow]) -> Iterator[ImageRow]:
+def _winners(rows: Iterator[PairRow], recipe: DataRecipe, report: Report) -> Iterator[ImageRow]:
     return (ImageRow(row.id, row.prompt, row.chosen, row.chosen_score) for row in rows)
+
+
+def _lists(pairs: PairRows, recipe: DataRecipe, report: Report) -> RankedRows:
+    """Pairs as lists; those of two equal scores are ties, and left out unless they are to be kept."""
+    found = lists(pairs, recipe.ties == "keep")
+    report.equal = len(pairs) - len(found)
+    settle(report, report.usable - report.equal, recipe, "list")
+    return found
+
+
+def _lists_stream(rows: Iterator[PairRow], recipe: DataRecipe, report: Report) -> Iterator[RankedRow]:
+    equal = 0
+    for row in lists_stream(rows):
+        if row.scores[0] == row.scores[1] and recipe.ties != "keep":
+            equal += 1
+        else:
+            yield row
+    report.equal = equal
+    settle(report, report.usable - equal, recipe, "list")
 
 
 ROWS: dict[str, type[Rows]] = {
@@ -93,10 +112,12 @@ ROWS: dict[str, type[Rows]] = {
     "prompt": PromptRows,
 }
 # Kinds that pairs can be read as: what packed pairs become, and pairs that pass by.
-PARTS: dict[str, tuple[Callable[[PairRows], Rows], Callable[[Iterator[PairRow]], Iterator[Any]]]] = {
-    "image": (PairRows.winners, _winners),
-    "rated": (rated, rated_stream),
-    "ranked": (lists, lists_stream),
+Whole = Callable[[PairRows, DataRecipe, Report], Rows]
+Passing = Callable[[Iterator[PairRow], DataRecipe, Report], Iterator[Any]]
+PARTS: dict[str, tuple[Whole, Passing]] = {
+    "image": (lambda pairs, *_: pairs.winners(), _winners),
+    "rated": (lambda pairs, *_: rated(pairs), lambda rows, *_: rated_stream(rows)),
+    "ranked": (_lists, _lists_stream),
 }
 
 

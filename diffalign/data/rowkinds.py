@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,19 +19,8 @@ NO_SCORES = (1.0, 0.0)  # of the pictures of a pair without scores
 class Stem(Column):
     """Ids without their last letter: those of the pairs that rated pictures come from."""
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [text[:-1] for text in super().__getitem__(index)]
-        return super().__getitem__(index)[:-1]
-
-    def __iter__(self) -> Iterator[str]:
-        return (text[:-1] for text in super().__iter__())
+    def shown(self, text: str) -> str:
+        return text[:-1]
 
 
 class RatedRows(Packed[RatedRow]):
@@ -125,11 +114,13 @@ def rated_stream(rows: Iterator[PairRow]) -> Iterator[RatedRow]:
             yield RatedRow(row.id + DISLIKED, row.rejected_prompt or row.prompt, row.rejected, -1.0)
 
 
-def lists(pairs: PairRows) -> RankedRows:
+def lists(pairs: PairRows, ties: bool = True) -> RankedRows:
     """Pairs as lists of two over the same memory: with their scores where they have both, the higher one first; else
-    the chosen picture with 1 and the rejected one with 0. Of a tie without scores both have 1."""
+    the chosen picture with 1 and the rejected one with 0. Of a tie without scores both have 1. ``ties``: whether lists
+    of two equal scores are there."""
     made = RankedRows(pairs.table, pairs.folder)
-    for batch in pairs.batches():
+    for whole in pairs.batches():
+        batch = whole if ties else whole.filter(_uneven(whole))
         scored = pc.and_(batch.column("chosen_score").is_valid(), batch.column("rejected_score").is_valid())
         tie = pc.equal(pc.fill_null(batch.column("tie"), 0.0), 1.0)
         first = pc.if_else(scored, batch.column("chosen_score"), NO_SCORES[0])
@@ -147,6 +138,13 @@ def lists(pairs: PairRows) -> RankedRows:
         _moved(pairs, batch, made, more)
     made.present = {"prompt": None, "score_0": None, "score_1": None}
     return made
+
+
+def _uneven(batch: pa.RecordBatch) -> pa.BooleanArray:
+    """Which pairs are lists of two different scores."""
+    scores = (batch.column("chosen_score"), batch.column("rejected_score"))
+    plain = pc.equal(pc.fill_null(batch.column("tie"), 0.0), 0.0)  # without both scores
+    return pc.fill_null(pc.not_equal(*scores), plain)
 
 
 def lists_stream(rows: Iterator[PairRow]) -> Iterator[RankedRow]:

@@ -139,13 +139,12 @@ class PairRow:
 
 
 @dataclass(frozen=True)
-class ImageRow:
-    """A captioned picture, for fine-tuning without preferences."""
+class SingleRow:
+    """One picture and its prompt."""
 
     id: str
     prompt: str
     image: ImageRef
-    score: float | None = None
 
     @property
     def images(self) -> dict[str, ImageRef]:
@@ -154,6 +153,13 @@ class ImageRow:
     @property
     def prompts(self) -> dict[str, str]:
         return {"prompt": self.prompt}
+
+
+@dataclass(frozen=True)
+class ImageRow(SingleRow):
+    """A captioned picture, for fine-tuning without preferences."""
+
+    score: float | None = None
 
     @property
     def columns(self) -> dict[str, float | None]:
@@ -161,21 +167,10 @@ class ImageRow:
 
 
 @dataclass(frozen=True)
-class RatedRow:
+class RatedRow(SingleRow):
     """A picture that was liked (``label`` 1) or not (-1)."""
 
-    id: str
-    prompt: str
-    image: ImageRef
     label: float
-
-    @property
-    def images(self) -> dict[str, ImageRef]:
-        return {"image": self.image}
-
-    @property
-    def prompts(self) -> dict[str, str]:
-        return {"prompt": self.prompt}
 
     @property
     def columns(self) -> dict[str, float | None]:
@@ -253,7 +248,7 @@ class BadRow:
 @dataclass
 class Report:
     """What a reader found. ``rows`` were looked at, ``usable`` are handed on. ``repeated``: rows whose prompt came
-    before, where rows are read for their prompts alone."""
+    before, where rows are read for their prompts alone. ``equal``: pairs of two equal scores, where lists are read."""
 
     source: str
     format: str
@@ -262,14 +257,15 @@ class Report:
     ties_kept: int = 0
     available: int = 0
     repeated: int = 0
+    equal: int = 0
     bad: list[BadRow] = field(default_factory=list)
 
     @property
     def counts(self) -> dict[str, int]:
         """How many rows were left out, by reason, most frequent first."""
         found = Counter(row.reason for row in self.bad)
-        found.update({"repeated prompt": self.repeated} if self.repeated else {})
-        return dict(found.most_common())
+        found.update({"repeated prompt": self.repeated, "equal scores": self.equal})
+        return {reason: count for reason, count in found.most_common() if count}
 
     @property
     def flaws(self) -> list[BadRow]:

@@ -64,12 +64,15 @@ class Column(Sequence[str]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         batch, place = self.rows.at(index)
-        found: str = batch.column(self.name)[place].as_py()
-        return found
+        return self.shown(batch.column(self.name)[place].as_py())
 
     def __iter__(self) -> Iterator[str]:
         for batch in self.rows.batches():
-            yield from batch.column(self.name).to_pylist()
+            yield from map(self.shown, batch.column(self.name).to_pylist())
+
+    def shown(self, text: str) -> str:
+        """What is given of a text."""
+        return text
 
 
 class Packed(Sequence[R], Generic[R]):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from .rows import PairRow, digest_of
+from .rows import PairRow, RankedRow, RatedRow, Row, digest_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -22,6 +22,7 @@ FOLDER_ROWS = 1000  # rows whose pictures share a folder
 GROUP_ROWS = 100  # of a Parquet row group: what is in memory while it is written
 GROUP_BYTES = 64 * 2**20
 MAGIC = {b"\xff\xd8": "jpg", b"\x89P": "png", b"RI": "webp", b"GI": "gif", b"BM": "bmp", b"II": "tif", b"MM": "tif"}
+PICTURES = {"pair": ("chosen", "rejected"), "rated": ("image",)}  # names of a row's pictures; a list has any number
 # Pick-a-Pic's columns and types, as the card of its data set lists them.
 PICK_A_PIC = {
     "are_different": "bool",
@@ -62,29 +63,48 @@ class Picture:
 
 @dataclass(frozen=True)
 class Record:
-    """A pair to write: its number, its own id if it has one, the winner's and the loser's picture. ``turned``: the
-    source named the loser first. ``others``: plain values that no row has, or of the source's row, for Pick-a-Pic's
-    columns."""
+    """A row to write: its number, its own id if it has one, its pictures by name. ``turned``: the source named the
+    loser first. ``others``: plain values that no row has, or of the source's row, for Pick-a-Pic's columns."""
 
     number: int
     id: str | None
-    row: PairRow
-    chosen: Picture
-    rejected: Picture
+    row: Row
+    pictures: Mapping[str, Picture]
     turned: bool
     others: Mapping[str, Any]
 
+    @property
+    def size(self) -> int:
+        """Bytes of the pictures."""
+        return sum(len(picture.data) for picture in self.pictures.values())
+
     def plain(self, fields: Sequence[str]) -> dict[str, Any]:
         """What is no picture."""
-        named = {n: self.others[n] if n in self.others else getattr(self.row, n) for n in fields}
+        named = {n: self.others[n] if n in self.others else plain_value(self.row, n) for n in fields}
         return {"id": self.id, "prompt": self.row.prompt, **named}
+
+    def file(self, name: str) -> str:
+        """What a picture is called among those of all rows."""
+        return f"{self.number:08d}-{name}.{self.pictures[name].suffix}"
+
+
+def plain_value(row: Row, name: str) -> Any:
+    """A plain column's value: of rated pictures whether they were liked, of lists a number a picture."""
+    if isinstance(row, RatedRow):
+        return row.label > 0
+    if isinstance(row, RankedRow):
+        return list(dict(row.rewards).get(name, row.scores))
+    return getattr(row, name)
 
 
 class Writer(ABC):
-    """Writes records in order into an empty folder, or goes on from the ``state`` that ``commit`` gave last."""
+    """Writes records in order into an empty folder, or goes on from the ``state`` that ``commit`` gave last. ``kinds``:
+    of rows that the format can hold."""
 
-    def __init__(self, folder: Path, fields: Sequence[str], state: Mapping[str, Any]) -> None:
-        self.folder, self.fields = folder, list(fields)
+    kinds: ClassVar[tuple[str, ...]] = ("pair", "rated", "ranked")
+
+    def __init__(self, folder: Path, kind: str, fields: Sequence[str], state: Mapping[str, Any]) -> None:
+        self.folder, self.kind, self.fields = folder, kind, list(fields)
         self.done: int = state.get("done", 0)  # bytes of a list of rows, or complete shards
 
     @abstractmethod
@@ -103,21 +123,23 @@ class ListWriter(Writer):
     """Pictures as files and a list of them beside: what people can look into."""
 
     name = "pairs.jsonl"
-    pictures = ("chosen", "rejected")
 
-    def __init__(self, folder: Path, fields: Sequence[str], state: Mapping[str, Any]) -> None:
-        super().__init__(folder, fields, state)
+    def __init__(self, folder: Path, kind: str, fields: Sequence[str], state: Mapping[str, Any]) -> None:
+        super().__init__(folder, kind, fields, state)
         self.list = open(folder / self.name, "ab")  # noqa: SIM115  closed by finish
         self.list.truncate(self.done)
         self.list.seek(self.done)
 
+    def column(self, name: str) -> str:
+        """The column of a picture's path."""
+        return name
+
     def add(self, record: Record) -> None:
         names = {}
-        for column, side in zip(self.pictures, ("chosen", "rejected"), strict=True):
-            picture: Picture = getattr(record, side)
-            name = f"images/{record.number // FOLDER_ROWS:05d}/{record.number:08d}-{side}.{picture.suffix}"
-            names[column] = name
-            path = self.folder / name
+        for name, picture in record.pictures.items():
+            file = f"images/{record.number // FOLDER_ROWS:05d}/{record.file(name)}"
+            names[self.column(name)] = file
+            path = self.folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
             path.unlink(missing_ok=True)  # of a process that was killed
             if picture.link is not None:
@@ -127,7 +149,8 @@ class ListWriter(Writer):
         plain = record.plain(self.fields)
         if plain["id"] is None:
             del plain["id"]
-        self.list.write(self.line(plain | names).encode())
+        files = {"images": list(names.values())} if self.kind == "ranked" else names
+        self.list.write(self.line(plain | files).encode())
 
     def line(self, values: dict[str, Any]) -> str:
         """A row of the list."""
@@ -145,19 +168,22 @@ class ListWriter(Writer):
 
 
 class FolderWriter(ListWriter):
-    """The hub's image folder: `metadata.jsonl` whose columns end in ``file_name``."""
+    """The hub's image folder: `metadata.jsonl` whose columns end in ``file_name``; lists keep theirs in ``images``."""
 
     name = "metadata.jsonl"
-    pictures = ("chosen_file_name", "rejected_file_name")
+
+    def column(self, name: str) -> str:
+        return "file_name" if self.kind == "rated" else f"{name}_file_name"
 
 
 class CsvWriter(ListWriter):
     """The same as CSV; an empty cell is no value."""
 
     name = "pairs.csv"
+    kinds = ("pair", "rated")
 
     def line(self, values: dict[str, Any]) -> str:
-        columns = ["id", "prompt", *self.pictures, *self.fields]
+        columns = ["id", "prompt", *PICTURES[self.kind], *self.fields]
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         if not self.list.tell():
@@ -167,21 +193,20 @@ class CsvWriter(ListWriter):
 
 
 class WebDatasetWriter(Writer):
-    """Tar shards of one commit each: ``key.chosen.jpg``, ``key.rejected.jpg``, ``key.json``."""
+    """Tar shards of one commit each: ``key.chosen.jpg``, ``key.rejected.jpg`` (``key.image.jpg``), ``key.json``."""
 
-    def __init__(self, folder: Path, fields: Sequence[str], state: Mapping[str, Any]) -> None:
-        super().__init__(folder, fields, state)
+    kinds = ("pair", "rated")
+
+    def __init__(self, folder: Path, kind: str, fields: Sequence[str], state: Mapping[str, Any]) -> None:
+        super().__init__(folder, kind, fields, state)
         self.tar: tarfile.TarFile | None = None
 
     def add(self, record: Record) -> None:
         if self.tar is None:
             self.tar = tarfile.open(self.folder / f"{self.done:06d}.tar", "w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
         plain = {k: v for k, v in record.plain(self.fields).items() if v is not None}
-        for name, data in (
-            (f"chosen.{record.chosen.suffix}", record.chosen.data),
-            (f"rejected.{record.rejected.suffix}", record.rejected.data),
-            ("json", json.dumps(plain, ensure_ascii=False).encode()),
-        ):
+        parts = {f"{name}.{picture.suffix}": picture.data for name, picture in record.pictures.items()}
+        for name, data in (parts | {"json": json.dumps(plain, ensure_ascii=False).encode()}).items():
             member = tarfile.TarInfo(f"{record.number:08d}.{name}")
             member.size = len(data)
             self.tar.addfile(member, io.BytesIO(data))
@@ -201,8 +226,8 @@ class ArrowWriter(Writer):
 
     suffix: ClassVar[str] = "parquet"
 
-    def __init__(self, folder: Path, fields: Sequence[str], state: Mapping[str, Any]) -> None:
-        super().__init__(folder, fields, state)
+    def __init__(self, folder: Path, kind: str, fields: Sequence[str], state: Mapping[str, Any]) -> None:
+        super().__init__(folder, kind, fields, state)
         self.schema = self.make_schema()
         self.rows: list[dict[str, Any]] = []
         self.size = 0
@@ -216,18 +241,18 @@ class ArrowWriter(Writer):
         """The columns as `datasets` knows them."""
         import datasets
 
-        kinds = {"tie": "bool", "chosen_score": "float64", "rejected_score": "float64"}
-        named = {"id": "string", "prompt": "string", **{name: kinds.get(name, "string") for name in self.fields}}
-        values = {name: datasets.Value(kind) for name, kind in named.items()}
-        return datasets.Features({**values, "chosen": datasets.Image(), "rejected": datasets.Image()})
+        kinds = {"tie": "bool", "label": "bool", "chosen_score": "float64", "rejected_score": "float64"}
+        named: dict[str, Any] = {"id": datasets.Value("string"), "prompt": datasets.Value("string")}
+        if self.kind == "ranked":
+            named |= {name: datasets.List(datasets.Value("float64")) for name in self.fields}
+            return datasets.Features({**named, "images": datasets.List(datasets.Image())})
+        named |= {name: datasets.Value(kinds.get(name, "string")) for name in self.fields}
+        return datasets.Features({**named, **{name: datasets.Image() for name in PICTURES[self.kind]}})
 
     def values(self, record: Record) -> dict[str, Any]:
         """A row under the schema."""
-        pictures = {"chosen": record.chosen, "rejected": record.rejected}
-        named = {
-            side: {"bytes": p.data, "path": f"{record.number:08d}-{side}.{p.suffix}"} for side, p in pictures.items()
-        }
-        return record.plain(self.fields) | named
+        named = {name: {"bytes": p.data, "path": record.file(name)} for name, p in record.pictures.items()}
+        return record.plain(self.fields) | ({"images": list(named.values())} if self.kind == "ranked" else named)
 
     def path(self, shard: int) -> Path:
         """Where a shard lies."""
@@ -241,7 +266,7 @@ class ArrowWriter(Writer):
 
     def add(self, record: Record) -> None:
         self.rows.append(self.values(record))
-        self.size += len(record.chosen.data) + len(record.rejected.data)
+        self.size += record.size
         if len(self.rows) >= GROUP_ROWS or self.size >= GROUP_BYTES:
             self._flush()
 
@@ -268,6 +293,8 @@ class PickAPicWriter(ArrowWriter):
     """Pick-a-Pic's own columns in Parquet, ``jpg_0`` and ``jpg_1`` as the source had them, the winner first if it had
     none. Scores go to SmPO's ``ps_score_0``, ``ps_score_1``. What the source does not know is null."""
 
+    kinds = ("pair",)
+
     def make_schema(self) -> pa.Schema:
         import pyarrow as pa
 
@@ -279,7 +306,8 @@ class PickAPicWriter(ArrowWriter):
         return pa.schema(fields)
 
     def values(self, record: Record) -> dict[str, Any]:
-        row, pictures = record.row, [record.chosen, record.rejected]
+        row, pictures = record.row, list(record.pictures.values())
+        assert isinstance(row, PairRow)
         scores = [row.chosen_score, row.rejected_score]
         label = (0.5, 0.5) if row.tie else (1.0, 0.0)
         if record.turned:

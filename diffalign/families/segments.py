@@ -8,6 +8,10 @@ prompts of all lengths stack, and the unconditional branch is the start token of
 Ours: sentences end at . ! ? ; (the authors' pattern looks for quotation marks beside some of these), a sentence longer
 than the encoder takes is split further instead of cut, and SDXL, which they do not have, gets the segments' mean as
 its pooled text. Short prompts are encoded the same way, so they are not what the base was trained on: train with it.
+
+Of the paper there is this encoding, for any method of training and in sampling, and its reward with the reweighting
+(`eval.scorers.denscore`), which scores pairs (``data.scorer``, `pairs score`, `pairs make`) and judges. Its own
+training, by the reward's gradient through the last steps of a sampler, is not here.
 """
 
 from __future__ import annotations

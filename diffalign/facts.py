@@ -222,12 +222,12 @@ def find_facts(source: str, revision: str | None = None) -> Facts | None:
     if not re.fullmatch(HUB_ID, source) or place.parent.is_dir():
         return None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return read_facts(Path(hf_hub_download(source, FACTS, revision=revision)).parent)
-    except (HfHubHTTPError, LocalEntryNotFoundError):  # it has none; whoever opens the weights says what else is wrong
+        file = Path(hf_hub_download(source, FACTS, revision=revision))
+    except (OSError, ValueError):  # every error of the hub client; who opens the weights says what else is wrong
         return None
+    return read_facts(file.parent)
 
 
 def recorded(model: str, lora: str | None = None, revision: str | None = None) -> SamplingRecord | None:

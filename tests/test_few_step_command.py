@@ -60,7 +60,7 @@ def test_the_record_of_a_hub_id_is_found(
     assert said["steps"] == 4 and said["recorded"]["timesteps"] == list(RECORDS["tdm"].timesteps or ())
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     assert recorded(HUB) == recorded(str(tiny_model_folder), HUB) == RECORDS["tdm"]
-    assert recorded("some-one/else") is None and recorded("no/such/id") is None
+    assert recorded("some-one/else") is recorded("no/such/id") is recorded("not--a/name") is None
     pipe = FewStepPipeline.of(DiffusionPipeline.from_pretrained(tiny_model_folder), RECORDS["sid"])
     assert np.array_equal(draw(pipe.load_student(HUB)), draw(pipe)) and pipe.record == RECORDS["tdm"]
     (cache / f"models--{HUB.replace('/', '--')}" / "snapshots" / COMMIT / "diffalign.json").unlink()
@@ -163,8 +163,16 @@ def place(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-@pytest.mark.parametrize("command", [(), ("--plan",)], ids=["train", "plan"])
-@pytest.mark.parametrize("case", REFUSED)
+SHOWN = ("times beyond the schedule", "more steps than the student has")  # of the plan, the rest is slow
+
+
+@pytest.mark.parametrize(
+    ("case", "command"),
+    [
+        *((case, ()) for case in REFUSED),
+        *(pytest.param(case, ("--plan",), marks=[] if case in SHOWN else pytest.mark.slow) for case in REFUSED),
+    ],
+)
 def test_what_no_student_can_be_trained_with(
     case: str, command: tuple[str, ...], tiny_model_folder: Path, place: Path, tmp_path: Path
 ) -> None:

@@ -35,9 +35,9 @@ class Guards:
     ``winner``: the winner's held-out error is more than 2 % above the base's. ``sigmoid``: more than 0.3 of the
     logits are beyond 5, where a won pair has no gradient left, and 0.15 more than at the start.
     ``pictures``: within a prompt the samples differ by less than half of the base's, or their mean brightness or
-    saturation moved by more than 0.15. ``gradient``: the gradient norm is above 10 times its median so far. Each fires
-    once a run. The thresholds are those by which the report reads the curves; ``eval/health.py`` says where they come
-    from.
+    saturation moved by more than 0.15. ``gradient``: the gradient norm is above 10 times its median so far.
+    ``rounds``: a round of samples of an online method left nothing to learn. Each fires once a run. The thresholds are
+    those by which the report reads the curves; ``eval/health.py`` says where they come from.
 
     Args:
         recipe: policies.
@@ -69,6 +69,9 @@ class Guards:
             if name.startswith("grad_norm/") and len(before) >= BEFORE and norm > NORM_TIMES * median(before):
                 role = name.removeprefix("grad_norm/")
                 found["gradient"] = f"the gradient norm of {role} is {norm:.3g}, usual is {median(before):.3g}"
+        if values.get("rounds_empty", 0.0) > 0:
+            share = f"{values['rounds_empty']:.0%} of the last rounds left nothing to learn"
+            found["rounds"] = f"{share}: no pair was far enough apart, or all samples of a prompt scored alike"
         found |= self._sigmoid(values)
         self._remember("train", values)
         return self._alarms(found)

@@ -132,6 +132,7 @@ class GuardsRecipe(Section):
     sigmoid: Policy = "warn"
     pictures: Policy = "warn"
     gradient: Policy = "warn"
+    rounds: Policy = "warn"
 
 
 class TrainRecipe(Section):

@@ -239,6 +239,8 @@ class Trainer:
                     self.meter.add(name, (value.float() * weight).sum(), weight.sum())
                 for name, value in found.stats.items():
                     sums[name] = sums[name] + value if name in sums else value
+        empty = torch.tensor(float(not any(kept for _, kept in self.round)), device="cpu").to(self.ctx.device)
+        self.meter.add("rounds_empty", empty, torch.ones_like(empty))
         self.round_stats = {name: self.reduce(value) for name, value in sums.items()}
 
     def placed(self, parts: Collection[Batch]) -> Collection[Batch]:

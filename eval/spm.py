@@ -195,6 +195,11 @@ def load_step_aware(source: str | Path, name: str = "spm") -> tuple[StepAware, T
     from .scorers._base import read_state, resolve_weights
 
     source = scorer_folder(source)
+    if Path(str(source)).parts[:1] == ("runs",) and not Path(str(source)).exists():
+        raise UserError(
+            f"there is no preference model at '{source}' yet: train one (`diffalign train spm/sd15` leaves "
+            f"runs/spm-sd15), or say {name}=FOLDER"
+        )
     towers = load_towers(source, name)
     if towers.openclip:
         raise UserError(f"'{source}' for scorer '{name}' is in OpenCLIP's layout; give a transformers folder of a CLIP")

@@ -149,6 +149,17 @@ SHEET: dict[str, dict[str, Any]] = {
     # no numbers of the authors: those of SD2.1 with the changes of the SDXL launcher
     "sdxl/dcpo": {**SHARED, **LAUNCHER, **XL, "method.name": "dcpo", "method.beta": 500}
     | {"train.batch": 128 * 8, "train.lr": 1e-8 * 128 * 8, "data.caption_dropout": 0.0},
+    # online sheet 5, 7 and 3: 8 GPUs x 8 x 4 samples; batch and rounds of DanceGRPO ours; 2 batches of 10 prompts
+    "sd15/ddpo": {**SHARED, "method.name": "ddpo", "method.steps": 50, "method.eta": 1.0, "method.guidance": 5.0}
+    | {"method.clip": 1e-4, "method.most": 5.0, "method.members": 4, "method.updates": 4, "train.batch": 64}
+    | {"train.lr": 3e-4, "model.lora.rank": 4, "train.weight_decay": 1e-4, "train.steps": 100, "data.resolution": 512},
+    "sd15/grpo": {**SHARED, "method.name": "grpo", "method.steps": 50, "method.eta": 1.0, "method.guidance": 5.0}
+    | {"method.members": 16, "method.shared_noise": True, "method.share": 0.6, "method.skip_last": True}
+    | {"method.clip": 1e-4, "method.unbiased": True, "method.floor": 1e-8, "method.kl": 0.0, "method.reward": "hpsv21"}
+    | {"train.lr": 1e-5, "model.storage": "copies", "train.steps": 300, "data.resolution": 512},
+    "sd15/d3po": {**SHARED, "method.name": "d3po", "method.steps": 20, "method.eta": 1.0, "method.guidance": 5.0}
+    | {"method.beta": 0.1, "method.clip": 0.1, "method.members": 2, "method.shared_noise": True, "train.batch": 20}
+    | {"train.lr": 3e-5, "train.weight_decay": 1e-4, "train.steps": 400, "model.lora.rank": 4, "data.resolution": 512},
     # online sheet, 1A; one GPU of four has 16 pairs
     **{
         f"spm/{family}": {"method.name": "spm", "method.start": "yuvalkirstain/PickScore_v1", "method.guidance": 5.0}
@@ -159,6 +170,20 @@ SHEET: dict[str, dict[str, Any]] = {
         for family, lr, steps, side, labels, scorer in (
             ("sd15", 3e-6, 8000, 512, "data", None),
             ("sdxl", 1e-6, 7000, 1024, "scores", "pickscore"),
+        )
+    },
+    # online sheet, 1B; one GPU of four samples 10 (SDXL: 2) prompts, and 10 x 4,000 of them are sampled in all
+    **{
+        f"{family}/spo": {"method.name": "spo", "method.beta": 10.0, "method.clip": 0.1, "method.steps": 20}
+        | {"method.eta": 1.0, "method.guidance": 5.0, "method.start_step": 4, "method.pool": pool}
+        | {"method.threshold": threshold, "method.segment": segment, "method.time_weight": "none"}
+        | {"model.lora.rank": rank, "model.lora.alpha": None, "model.lora.targets": "attention", "train.lr": lr}
+        | {"train.betas": [0.9, 0.999], "train.weight_decay": 1e-4, "train.eps": 1e-8, "train.max_grad_norm": None}
+        | {"train.batch": 4 * prompts, "train.steps": 10 * 4000 // (4 * prompts), "data.max_pairs": 4000}
+        | {"data.resolution": side, "data.path": "yuvalkirstain/pickapic_v1", "method.reward": f"spm=runs/spm-{family}"}
+        for family, rank, lr, prompts, pool, threshold, segment, side in (
+            ("sd15", 4, 6e-5, 10, 4, 0.3, 1, 512),
+            ("sdxl", 64, 1e-5, 2, 2, 0.4, 4, 1024),
         )
     },
     # online sheet, 2B: the released concept script; both sizes the same but for the resolution

@@ -33,7 +33,7 @@ from diffalign.trainer import Trainer
 
 WIDTH, TOKENS = 16, 5
 USERS = ("ann", "bob", "cem")
-SAMPLED = {"reward": "tiny-pickscore", "members": 2, "steps": 2, "guidance": 1.0}
+SAMPLED = {"reward": "tiny-pickscore", "members": 2, "steps": 2, "share": 0.5, "guidance": 1.0}
 
 
 class Rows:
@@ -117,10 +117,18 @@ def small_clip() -> str:
 
 def tools(method: Method[Any], prompts: Sequence[str] = ()) -> dict[str, Any]:
     """What a method's context holds besides: a VAE's decoder (8 x 8 latents, 64 px), and its scorers."""
-    cpu, found = torch.device("cpu"), {}
-    if method.needs.decode:
+    found: dict[str, Any] = {}
+    if method.online:  # many are decoded: as they are
+        found["decoder"] = lambda latents: latents[:, :3].sigmoid()
+    elif method.needs.decode:
         found["decoder"] = lambda latents: (_vae().decode(latents).sample / 2 + 0.5).clamp(0, 1)
-    return {**found, "rewards": load_rewards(method, cpu, None, prompts)}
+    return {**found, "rewards": _rewards(method.rewards(), tuple(prompts), method.needs)}
+
+
+@functools.cache
+def _rewards(names: str, prompts: tuple[str, ...], needs: Needs) -> dict[str, Any]:
+    method: Any = SimpleNamespace(rewards=lambda: names, needs=needs)
+    return load_rewards(method, torch.device("cpu"), None, prompts)
 
 
 def family() -> Any:
@@ -257,6 +265,7 @@ def every_method() -> list[Method[Any]]:
         "kto": {"beta": 100.0},
         "rankdpo": {"beta": 100.0},
         "spm": {"start": small_clip()},
+        "spo": {"reward": f"spm={small_clip()}", "steps": 4, "start_step": 1, "pool": 2, "threshold": -1.0},
         "capo": {"beta": 100.0},
         "ppd": {"beta": 100.0, "user_dropout": 0.25},
         "dmd": {"regression_weight": 0.0},  # its rows are of `pairs teacher`

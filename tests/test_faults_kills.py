@@ -79,11 +79,11 @@ def test_train(kills: int, straight: tuple[Path, dict[str, object], float], plac
 
 # Small shards and a kept scan, so that kills fall between many files.
 MANY_FILES = """
-import diffalign.data.encode as encode, diffalign.data.readers as readers, diffalign.data.rowfile as rowfile
+import diffalign.data.encode as encode, diffalign.data.reading as reading, diffalign.data.rowfile as rowfile
 import diffalign.data.scan as scan, diffalign.data.store as store
 store.SHARD_ROWS = encode.PROMPT_BATCH = 8
 scan.KEEP_FROM = rowfile.KEEP_FROM = 1
-readers.SAVE_EVERY = readers.CHUNK = 16
+reading.SAVE_EVERY = reading.CHUNK = 16
 """
 
 

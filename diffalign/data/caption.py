@@ -25,7 +25,8 @@ from .convert import Converted, ConvertOptions, convert_pairs, open_work
 from .files import make_folder, write_atomic
 from .images import ImageError
 from .perturb import LEVELS
-from .readers import Progress, read_pairs
+from .readers import read_pairs
+from .reading import Progress
 from .rows import PairRow
 from .rowtable import PairRows
 

@@ -30,7 +30,8 @@ from .filters import ENTRY, Filters, Names
 from .images import ImageError, load_image, read_file
 from .ranked import ListColumns, is_ranked
 from .rated import RatedColumns
-from .readers import PAIR_COLUMNS, Columns, Draft, PairColumns, Progress, draft_or_flaw, settle, table_of
+from .readers import PAIR_COLUMNS, PairColumns, table_of
+from .reading import Columns, Draft, Progress, draft_or_flaw, settle
 from .rows import BadRow, PairRow, Report
 from .scan import Look, look_bytes, workers
 from .table import Table

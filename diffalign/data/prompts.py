@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..recipe import DataRecipe
 from .filters import Names
-from .readers import Progress, Reading, draft_or_flaw, prompt_column, prompt_of, settle
+from .reading import Progress, Reading, draft_or_flaw, prompt_column, prompt_of, settle
 from .rows import BadRow, PromptRow, Report, digest_of
 from .rowtable import PromptRows
 from .table import Table

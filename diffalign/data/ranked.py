@@ -12,7 +12,8 @@ from ..keyed import generator
 from ..recipe import DataRecipe
 from .filters import Filters, Names
 from .images import ImageError
-from .readers import Columns, Draft, Progress, Reading, column_of, open_rows, prompt_of, table_of
+from .readers import table_of
+from .reading import Columns, Draft, Progress, Reading, column_of, open_rows, prompt_of
 from .rows import BadRow, Cell, ImageRef, RankedRow, Report, digest_of, file_stamp
 from .scan import Look
 from .table import Table

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from ..recipe import DataRecipe
 from .filters import Filters, Names
 from .images import ImageError
-from .readers import Draft, Progress, Reading, SingleColumns, coin, column_of, open_rows, prompt_of
+from .readers import SingleColumns
+from .reading import Draft, Progress, Reading, coin, column_of, open_rows, prompt_of
 from .rows import BadRow, RatedRow
 from .scan import Look
 from .table import Table

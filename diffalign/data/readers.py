@@ -9,99 +9,38 @@ Pairs: columns ``prompt`` (or ``caption``), ``chosen``, ``rejected`` (or ``chose
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any
 
-import numpy as np
-
-from ..errors import UserError, nearest
-from ..keyed import generator
+from ..errors import UserError
 from ..recipe import DataRecipe
 from .files import cache_root
-from .filters import Filters, Names, number_of
-from .images import ImageError
+from .filters import Filters, Names
 from .perturb import LEVELS, perturb
-from .rows import BadRow, ImageRef, ImageRow, ImageSet, PairRow, PairSet, Report, digest_of
+from .reading import (
+    BadValue,
+    Columns,
+    Draft,
+    Progress,
+    Reading,
+    coin,
+    column_of,
+    number,
+    open_rows,
+    prompt_column,
+    prompt_of,
+    whole,
+)
+from .rows import BadRow, ImageRow, ImageSet, PairRow, PairSet, digest_of
 from .rowtable import ImageRows, PairRows, R
-from .scan import KEEP_FROM, SAVE_EVERY, Look, Scanner
+from .scan import Look
 from .table import Table
 from .tables import open_table
 
-Progress = Callable[[int, int], None]
-CHUNK = 256
-D = TypeVar("D")
 USERS = ("user", "user_id")
-IDS = ("id", "ranking_id", "pair_id")
 PAIR_COLUMNS = {"chosen", "jpg_0", "chosen_file_name"}  # one of them makes a table one of pairs
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A row before its pictures were looked at. ``preference`` is for the first picture: 1, 0, or 0.5 for a tie; of a
-    rated picture its label. ``rewards``: further scores of a list's pictures."""
-
-    place: str
-    id: str
-    prompts: tuple[str, str | None]
-    refs: tuple[ImageRef, ...]
-    scores: tuple[float | None, ...]
-    preference: float = 1.0
-    user: str | None = None
-    rewards: tuple[tuple[str, tuple[float, ...]], ...] = ()
-
-    def bad(self, reason: str, detail: str = "") -> BadRow:
-        return BadRow(self.place, reason, detail, self.prompts[0], self.refs)
-
-
-@dataclass(frozen=True)
-class Reading(Generic[R]):
-    """Rows as they are read. ``report`` is complete after the last one."""
-
-    table: Table
-    report: Report
-    rows: Iterator[R]
-
-
-class Columns(Generic[R]):
-    """Which columns of a table hold what, and what rows become of them. ``pictures``: how many a row has, about."""
-
-    kind: ClassVar[Literal["pair", "image", "rated", "ranked"]]
-    what: ClassVar[str]
-    pictures = 1
-
-    def __init__(self, table: Table) -> None:
-        self.table, self.ids = table, own_ids(table)
-
-    def name(self, i: int) -> str:
-        """The row's own id; "" where the rows have none."""
-        return str(self.table.value(i, self.ids)) if self.ids else ""
-
-    def fields(self) -> list[str]:
-        """The plain columns besides id and prompt that rows of this table can have values in."""
-        return []
-
-    def draft(self, i: int) -> Draft:
-        """Raises ImageError or _BadValue for a row that cannot be read."""
-        raise TypeError(f"{type(self).__name__} reads no rows")
-
-    def make(
-        self, draft: Draft, looks: Sequence[Look], recipe: DataRecipe, filters: Filters, names: Names
-    ) -> R | BadRow:
-        """The row after the policies; or why it is left out."""
-        raise TypeError(f"{type(self).__name__} makes no rows")
-
-    def ties(self, row: R) -> int:
-        """Whether a row is a tie that was kept."""
-        return 0
-
-
-class _BadValue(Exception):
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
 
 
 def read_pairs(recipe: DataRecipe, progress: Progress | None = None) -> PairSet:
@@ -130,28 +69,6 @@ def read_pairs(recipe: DataRecipe, progress: Progress | None = None) -> PairSet:
 def open_pairs(recipe: DataRecipe, progress: Progress | None = None, table: Table | None = None) -> Reading[PairRow]:
     """The same, one after another; what :func:`read_pairs` raises at its end comes after the last row."""
     return open_rows(recipe, progress, PairColumns.of(table or table_of(recipe)))
-
-
-def open_rows(recipe: DataRecipe, progress: Progress | None, columns: Columns[R]) -> Reading[R]:
-    """The rows of a table, one after another; what is wrong with them as a whole is raised after the last one."""
-    table = columns.table
-    report = Report(table.label, table.format)
-
-    def rows() -> Iterator[R]:
-        filters, names = Filters(recipe), Names()
-        for draft, looks in walk(table, columns.pictures, columns.draft, recipe, report, progress):
-            row = columns.make(draft, looks, recipe, filters, names)
-            if isinstance(row, BadRow):
-                report.bad.append(row)
-                continue
-            report.usable += 1
-            report.ties_kept += columns.ties(row)
-            yield row
-            if report.usable == recipe.max_pairs:
-                break
-        settle(report, report.usable, recipe, columns.what)
-
-    return Reading(table, report, rows())
 
 
 def read_images(recipe: DataRecipe, progress: Progress | None = None) -> ImageSet:
@@ -185,55 +102,6 @@ def table_of(recipe: DataRecipe) -> Table:
     return open_table(recipe.path, recipe.format, recipe.split, recipe.streaming)
 
 
-def walk(
-    table: Table,
-    pictures: int,
-    draft: Callable[[int], Draft],
-    recipe: DataRecipe,
-    report: Report,
-    progress: Progress | None,
-) -> Iterator[tuple[Draft, list[Look]]]:
-    """Drafts with looks at their pictures, of which a row has about ``pictures``; what cannot become one goes to the
-    report."""
-    report.rows = len(table.bad)
-    report.bad += table.bad
-    expected = min(table.total or KEEP_FROM, recipe.max_pairs or table.total or KEEP_FROM)
-    with Scanner(recipe, table.label, pictures * expected) as scanner:
-        start = 0
-        while table.exists(start):
-            drafts: list[Draft | BadRow] = []
-            for i in range(start, start + min(CHUNK, table.together)):
-                if not table.exists(i):
-                    break
-                drafts.append(draft_or_flaw(table, i, draft))
-            looks = iter(scanner.look([ref for d in drafts if isinstance(d, Draft) for ref in d.refs]))
-            for d in drafts:
-                report.rows += 1
-                if isinstance(d, BadRow):
-                    report.bad.append(d)
-                    continue
-                mine = [next(looks) for _ in d.refs]
-                wrong = next((look for look in mine if look.error), None)
-                if wrong is not None:
-                    report.bad.append(d.bad(wrong.reason, wrong.error))
-                else:
-                    report.available = len(table.bad) + (table.total or start + len(drafts))
-                    yield d, mine
-            scanner.save(SAVE_EVERY)
-            start += len(drafts)
-            if progress is not None:
-                progress(start, table.total or 0)
-    report.available = len(table.bad) + (table.total or start)
-
-
-def draft_or_flaw(table: Table, i: int, draft: Callable[[int], D]) -> D | BadRow:
-    """A row before its pictures were looked at (or what else ``draft`` makes of it), or why there is none."""
-    try:
-        return draft(i)
-    except (ImageError, _BadValue) as error:
-        return BadRow(table.place(i), error.reason, str(error))
-
-
 def _swapped(row: PairRow) -> PairRow:
     """Winner and loser exchanged; each picture keeps its score and its own prompt."""
     prompt, other = (row.prompt, None) if row.rejected_prompt is None else (row.rejected_prompt, row.prompt)
@@ -246,24 +114,6 @@ def _swapped(row: PairRow) -> PairRow:
         chosen_score=row.rejected_score,
         rejected_score=row.chosen_score,
     )
-
-
-def coin(purpose: str, key: str) -> bool:
-    """Heads or tails, by the key alone."""
-    return bool(generator(purpose, key).random() < 0.5)
-
-
-def settle(report: Report, usable: int, recipe: DataRecipe, what: str) -> None:
-    """Close the account. Raises UserError for a flaw under ``strict`` and when nothing is left."""
-    report.usable = usable
-    flaws = report.flaws
-    if recipe.strict and flaws:
-        raise UserError(
-            f"data.strict: {len(flaws)} of {report.rows} rows of '{report.source}' are flawed; the first is {flaws[0]}"
-        )
-    if not usable:
-        first = f"; first: {report.bad[0]}" if report.bad else ""
-        raise UserError(f"no usable {what} in '{report.source}': {report.summary()}{first}")
 
 
 class PairColumns(Columns[PairRow]):
@@ -308,13 +158,13 @@ class PairColumns(Columns[PairRow]):
         table = self.table
         other = table.value(i, self.other)
         if other is not None and not isinstance(other, str):
-            raise _BadValue("malformed row", f"'{self.other}' is no text")
+            raise BadValue("malformed row", f"'{self.other}' is no text")
         return Draft(
             table.place(i),
             self.name(i),
-            (prompt_of(table, i, self.prompt), other and _whole(other, self.other)),
+            (prompt_of(table, i, self.prompt), other and whole(other, self.other)),
             tuple(table.ref(i, column) for column in self.images),
-            tuple(_number(table, i, column) for column in self.scores),
+            tuple(number(table, i, column) for column in self.scores),
             self._picked(i) if self.pick else self._written(i),
             _user(table, i),
         )
@@ -350,20 +200,20 @@ class PairColumns(Columns[PairRow]):
 
     def _picked(self, i: int) -> float:
         """Pick-a-Pic: label_0 is 1 when jpg_0 was preferred, 0.5 for a tie; label_1 = 1 - label_0."""
-        label = _number(self.table, i, "label_0", "bad label")
+        label = number(self.table, i, "label_0", "bad label")
         if label is None or not _flag(self.table, i, "has_label", True):
-            raise _BadValue("no label", "")
-        other = _number(self.table, i, "label_1", "bad label")
+            raise BadValue("no label", "")
+        other = number(self.table, i, "label_1", "bad label")
         if label not in (0.0, 0.5, 1.0) or (other is not None and label + other != 1):
-            raise _BadValue("bad label", f"label_0 {label:g}" + (f", label_1 {other:g}" if other is not None else ""))
+            raise BadValue("bad label", f"label_0 {label:g}" + (f", label_1 {other:g}" if other is not None else ""))
         return label
 
     def _written(self, i: int) -> float:
         if _flag(self.table, i, "tie", False):
             return 0.5
-        label = _number(self.table, i, "label", "bad label")
+        label = number(self.table, i, "label", "bad label")
         if label not in (None, 0.0, 0.5, 1.0):
-            raise _BadValue("bad label", f"label {label:g} is none of 1, 0.5, 0")
+            raise BadValue("bad label", f"label {label:g} is none of 1, 0.5, 0")
         return 1.0 if label is None else label
 
 
@@ -393,7 +243,7 @@ class ImageColumns(SingleColumns[ImageRow]):
 
     def draft(self, i: int) -> Draft:
         table, prompt = self.table, prompt_of(self.table, i, self.prompt)
-        score = _number(table, i, "score")
+        score = number(table, i, "score")
         return Draft(table.place(i), self.name(i), (prompt, None), (table.ref(i, self.image),), (score,))
 
     def make(
@@ -405,80 +255,12 @@ class ImageColumns(SingleColumns[ImageRow]):
         return ImageRow(name, draft.prompts[0], looks[0].apply(draft.refs[0]), draft.scores[0])
 
 
-def column_of(table: Table, names: tuple[str, ...]) -> str:
-    """The first of ``names`` that the table has. Raises UserError where there is none."""
-    for name in names:
-        if name in table.columns:
-            return name
-    if not table.columns:
-        raise UserError(f"no row in '{table.label}'" + (f"; first: {table.bad[0]}" if table.bad else ""))
-    hint = nearest(names[0], table.columns)
-    hint = hint if hint.startswith("; did") else ""
-    wanted = " or ".join(f"'{name}'" for name in names)
-    raise UserError(f"'{table.label}' has no column {wanted}; it has {', '.join(table.columns)}{hint}")
-
-
-def prompt_column(table: Table) -> str:
-    """The column of the prompts of captioned pictures. Raises UserError where there is none."""
-    return column_of(table, ("prompt", "caption", "text"))
-
-
-def own_ids(table: Table) -> str | None:
-    """The column of the rows' own ids, where every row has one and no two are equal. A stream cannot tell ahead."""
-    for name in IDS if table.total else ():
-        if name in table.columns and _all_differ(table, name):
-            return name
-    return None
-
-
-def _all_differ(table: Table, column: str) -> bool:
-    numbers = np.empty(table.total or 0, dtype=np.uint64)
-    for i in range(len(numbers)):
-        try:
-            value = table.value(i, column)
-        except ImageError:
-            return False
-        if value is None:
-            return False
-        numbers[i] = number_of(str(value))
-    return len(np.unique(numbers)) == len(numbers)
-
-
-def prompt_of(table: Table, i: int, column: str) -> str:
-    """A row's prompt. Raises what `draft_or_flaw` knows."""
-    value = table.value(i, column)
-    if not isinstance(value, str) or not value.strip():
-        raise _BadValue("no prompt", "" if value is None or isinstance(value, str) else f"'{column}' is no text")
-    return _whole(value, column)
-
-
-def _whole(text: str, column: str) -> str:
-    """The text, where it is Unicode (JSON can hold half a character)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise _BadValue("malformed row", f"'{column}' holds half a character") from error
-    return text
-
-
-def _number(table: Table, i: int, column: str, reason: str = "malformed row") -> float | None:
-    """A finite number; None where there is none."""
-    value = table.value(i, column)
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise _BadValue(reason, f"'{column}' is no number: {value!r}"[:80]) from error
-    return number if math.isfinite(number) else None
-
-
 def _user(table: Table, i: int) -> str | None:
     """Who preferred, as text; None where nobody is named."""
     for column in USERS:
         value = table.value(i, column)
         if value is not None and str(value).strip():
-            return _whole(str(value), column)
+            return whole(str(value), column)
     return None
 
 

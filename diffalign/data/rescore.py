@@ -20,7 +20,8 @@ from ..errors import UserError
 from ..recipe import DataRecipe
 from .convert import Converted, ConvertOptions, convert_pairs
 from .mix import mix_scores
-from .readers import Draft, PairColumns, Progress, draft_or_flaw, table_of
+from .readers import PairColumns, table_of
+from .reading import Draft, Progress, draft_or_flaw
 from .rows import ImageRef, PairRow, digest_of
 from .table import Table
 

@@ -22,7 +22,8 @@ from .images import ImageError
 from .prompts import is_prompt_list, open_prompts, read_prompt_list
 from .ranked import Lists, is_ranked, open_ranked
 from .rated import open_rated
-from .readers import PAIR_COLUMNS, open_images, open_pairs, row_folder, settle, table_of
+from .readers import PAIR_COLUMNS, open_images, open_pairs, row_folder, table_of
+from .reading import settle
 from .rowkinds import RankedRows, RatedRows, lists, lists_stream, rated, rated_stream
 from .rows import FLAWS, BadRow, ImageRow, PairRow, RankedRow, Report, digest_of
 from .rowtable import ImageRows, PairRows, PromptRows, Rows, Stream

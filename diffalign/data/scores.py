@@ -17,7 +17,7 @@ import torch
 from ..errors import RunError, UserError
 from ..recipe import DataRecipe
 from .images import ImageError
-from .readers import coin
+from .reading import coin
 from .scan import workers
 
 if TYPE_CHECKING:

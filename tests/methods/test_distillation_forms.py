@@ -15,7 +15,7 @@ from world import batch_of, make_trainer
 
 from diffalign.context import Context
 from diffalign.methods import make_method
-from diffalign.methods.score_distill import dm_direction
+from diffalign.methods.score_distill import dm_direction, times_of
 
 TIME = 500
 
@@ -189,6 +189,11 @@ def test_every_score_starts_as_the_teacher(storage: str) -> None:
         base = trainer.ctx.model("base", x, t, batch.cond["prompt"])
         for role in trainer.roles.trained:
             assert torch.equal(trainer.ctx.model(role, x, t, batch.cond["prompt"]), base), role
+
+
+def test_ranges_stay_inside_the_schedule() -> None:
+    assert times_of((0.02, 0.98), 1000) == (20, 980) and times_of((0.02, 0.979), 1000) == (20, 979)
+    assert times_of((0.0, 1.0), 1000) == (0, 999) and times_of((1.0, 1.0), 1000) == (999, 999)
 
 
 def test_closed_forms_that_the_other_tests_rest_on() -> None:

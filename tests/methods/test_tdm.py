@@ -10,6 +10,7 @@ from tiny import SD_SCHEDULE
 from torch import Tensor
 from world import batch_of, make_trainer, warm
 
+from diffalign.errors import UserError
 from diffalign.methods import make_method
 from diffalign.methods.distillation.tdm import TDM, importance, match, segment_noise
 from diffalign.methods.score_distill import Sample
@@ -206,6 +207,10 @@ def test_record_and_refusals() -> None:
     with pytest.raises(ValidationError):
         tdm(rollout="renoise")
     assert [phase.name for phase in tdm().phases] == ["critic", "student"]
+    tdm().check(DENOISER)
+    for name in ("time_range", "critic_range"):
+        with pytest.raises(UserError, match=rf"{name} \(500 to 980\) leaves no time .* time 449"):
+            tdm(**{name: (0.5, 0.98)}).check(DENOISER)
 
 
 # ---- where it ends ---------------------------------------------------------------------------------------------------

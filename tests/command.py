@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from typing import Any, NoReturn
 
 BIN = Path(sys.executable).parent
 WARM = ["diffalign.cli", "diffalign.run", "diffalign.eval.report", "diffalign.pipelines.sample"]
+WARM += ["diffalign.plan", "omegaconf", "pandas"]  # pyarrow imports the last when it hands out rows
 WARM += [f"transformers:{name}" for name in ("CLIPTextModel", "CLIPTokenizer")]
 WARM += [f"diffusers:{name}" for name in ("StableDiffusionPipeline", "AutoencoderKL", "UNet2DConditionModel")]
 WARM += [f"diffusers:{name}" for name in ("PNDMScheduler", "DDIMScheduler")]
@@ -122,6 +124,34 @@ def start(*args: object, code: str = "", file_bytes: int | None = None, **env: s
     if not _servers:
         _servers.append(Server())
     return _servers[0].start({"args": [*map(str, args)], "code": code, "file_bytes": file_bytes, "env": env})
+
+
+def script(code: str, *arguments: object) -> Child:
+    """Start code, not the command, with ``arguments`` as it finds them in sys.argv[1:]."""
+    return start(code=f"import sys\nsys.argv[1:] = {[*map(str, arguments)]!r}\n{code}")
+
+
+def group(processes: int, *args: object, timeout: float = 300, code: str = "", **env: str) -> Result:
+    """Run the command in processes that find one another, as torchrun starts them, but without importing anything anew.
+
+    Once one has failed, the others have ten seconds to end; its status is the group's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    env["LOCAL_WORLD_SIZE"] = env["WORLD_SIZE"]
+    ranks = [start(*args, code=code, **env, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(processes)]
+    end = time.monotonic() + timeout
+    while any(rank.running() for rank in ranks):
+        if any(rank.wait().status for rank in ranks if not rank.running()):
+            end = min(end, time.monotonic() + 10)
+        if time.monotonic() > end:
+            for rank in ranks:
+                rank.send(signal.SIGKILL)
+        time.sleep(0.02)
+    done = [rank.wait() for rank in ranks]
+    status = max((each.status for each in done), key=lambda status: (status != 0, status))
+    return Result(status, "".join(each.out for each in done), "".join(each.err for each in done))
 
 
 def diffalign(*args: object, timeout: float = 120, **options: Any) -> Result:

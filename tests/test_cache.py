@@ -7,8 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from command import script
 from PIL import Image
 
 from diffalign.data import files, layout
@@ -322,13 +321,12 @@ def test_kill_9_and_resume(tiny_model_folder: Path, model: Model, tmp_path: Path
     """Killed as soon as some shards stand: they are kept, and the rest is as from one go."""
     source = write_pairs(tmp_path / "d", 60)
     root = tmp_path / "c"
-    arguments = [sys.executable, "-c", CHILD, str(tiny_model_folder), str(source), str(root)]
-    child = subprocess.Popen(arguments, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    child = script(CHILD, tiny_model_folder, source, root)
     deadline = time.time() + 240
     while len(list(root.glob("pictures-*/*.safetensors"))) < 4 and time.time() < deadline:
         time.sleep(0.002)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
+    child.send(signal.SIGKILL)
+    assert child.wait().status == -signal.SIGKILL
     kept = len(list(root.glob("pictures-*/*.safetensors")))
     assert 4 <= kept < 30
     for leftover in root.rglob(".*.tmp"):

@@ -5,11 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Callable
@@ -19,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from command import group, script
 from eval_tiny import write_samples, write_tiny_clip
 from PIL import Image
 
@@ -110,12 +108,12 @@ def check_resumed(samples: Path, clip: Path, torn: Path, whole: Path, log: Path)
 def test_killed_and_resumed_is_equal(samples: Path, clip: Path, tmp_path: Path) -> None:
     whole, torn = tmp_path / "whole" / "s.jsonl", tmp_path / "torn" / "s.jsonl"
     run(samples, whole, both(clip))
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(samples), str(torn), *both(clip)])
+    process = script(KILLED, samples, torn, *both(clip))
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (torn.is_file() and torn.read_text().count("\n") >= 6):
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.send(signal.SIGKILL)
+    assert process.wait().status == -signal.SIGKILL
     check_resumed(samples, clip, torn, whole, torn)
     assert torn.read_bytes() == whole.read_bytes()
 
@@ -238,13 +236,11 @@ def test_bad_tables(samples: Path, clip: Path, tmp_path: Path, change: Change, s
 
 def test_two_processes_equal_one(samples: Path, clip: Path, tmp_path: Path) -> None:
     run(samples, tmp_path / "one" / "s.jsonl", both(clip))
-    head = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
-    head += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "-m", "diffalign", "score", str(samples)]
     options = ["--scorers", ",".join(both(clip)), "--batch", "3", "--device", "cpu", "--quiet"]
     target = tmp_path / "jsonl" / "s.jsonl"
-    done = subprocess.run([*head, *options, "--out", str(target)], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "40 scores new" in done.stdout and done.stdout.count(str(target)) == 2, "one process speaks"
+    done = group(2, "score", samples, *options, "--out", target)
+    assert done.status == 0, done.err
+    assert "40 scores new" in done.out and done.out.count(str(target)) == 2, "one process speaks"
     assert target.read_bytes() == (tmp_path / "one" / "s.jsonl").read_bytes()
     assert {p.name for p in target.parent.iterdir()} == {"s.jsonl", "s.meta.json"}
     torn = tmp_path / "torn" / "s.jsonl"  # two processes were killed, one goes on

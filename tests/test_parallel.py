@@ -1,4 +1,5 @@
-"""Two processes train what one does: same trajectory, one voice, one decision (DESIGN 8). CPU, gloo, torchrun."""
+"""Two processes train what one does: same trajectory, one voice, one decision (DESIGN 8). CPU, gloo, as torchrun
+starts them; slowly, by torchrun itself."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command import Result, diffalign
+from command import Result, diffalign, group
 from small import curve, final_state, log_of, lora_of, settings, write_pairs
 from torch import Tensor
 
@@ -18,7 +19,7 @@ BATCH = 5  # odd: 2 rows on one rank, 3 on the other
 
 # Builds each run as `train` does and writes down what this rank sees of two batches, and how its weights begin.
 LOOK = """
-import json, sys
+import json
 from diffalign.recipe import load_recipe
 from diffalign.run import train
 def watch(session):
@@ -26,16 +27,16 @@ def watch(session):
     ids = [[name for part in trainer._load(draw) for name in part.ids] for draw in (0, 1)]
     norm = sum(float(p.double().square().sum()) for p in trainer.roles.parameters("student"))
     facts = {"rank": trainer.rank, "world": trainer.world, "ids": ids, "norm": norm, "shown": session.console.shown}
-    with open(f"{sys.argv[1]}/{session.recipe.method.name}-{trainer.rank}.json", "w") as file:
+    with open(f"PLACE/{session.recipe.method.name}-{trainer.rank}.json", "w") as file:
         json.dump(facts, file)
-for name, *overrides in json.loads(sys.argv[2]):
+for name, *overrides in RUNS:
     train(load_recipe(name, overrides), watch=watch)
 """
 
 
 # The run with a loss that is not finite, at one step and on rank 1 alone.
 POISON = """
-import os, sys
+import os
 import diffalign.methods.preference.dpo as module
 plain, calls = module.DPO.loss, [0]
 def loss(self, ctx, batch, phase):
@@ -46,8 +47,6 @@ def loss(self, ctx, batch, phase):
             found.values = found.values * float("nan")
     return found
 module.DPO.loss = loss
-from diffalign.cli import main
-main()
 """
 
 
@@ -112,11 +111,10 @@ def together(
     options: dict[str, object], coupled: dict[str, dict[str, object]], place: Path
 ) -> tuple[Path, list[dict], Result]:
     """A run of two processes, and what each saw before its first step; one start for the coupled methods too."""
-    out, script = place / "together", place / "look.py"
-    script.write_text(LOOK)
+    out = place / "together"
     runs = [recipe_of("dpo", out, options)]
     runs += [recipe_of(name, place / f"{name}-two", more) for name, more in coupled.items()]
-    done = launch(script, place, json.dumps(runs))
+    done = group(2, code=LOOK.replace("PLACE", str(place)).replace("RUNS", repr(runs)))
     assert done.status == 0, done.err
     return out, [json.loads((place / f"dpo-{rank}.json").read_text()) for rank in (0, 1)], done
 
@@ -185,7 +183,7 @@ def test_a_run_goes_on_with_more_processes(alone: Path, options: dict[str, objec
     assert diffalign("train", *settings(out=whole, **changes)).status == 0  # type: ignore[arg-type]
     shutil.copytree(whole, out)
     shutil.rmtree(out / "checkpoints" / "step-000006")
-    done = launch("-m", "diffalign", "train", *settings(out=out, **changes))  # type: ignore[arg-type]
+    done = group(2, "train", *settings(out=out, **changes))  # type: ignore[arg-type]
     assert done.status == 0 and done.err.count("going on from") == 1, done.err
     assert done.out.count("model: ") == 1
     assert close(lora_of(whole), lora_of(out)) < 1e-5 and close(lora_of(alone), lora_of(out)) < 1e-5
@@ -196,18 +194,24 @@ def test_a_run_goes_on_with_more_processes(alone: Path, options: dict[str, objec
 def test_a_skip_is_one_decision(options: dict[str, object], place: Path) -> None:
     """A loss that is not finite on one rank skips the update of both; they end with the same weights as one process
     that skipped the same step."""
-    out, script = place / "skipped", place / "poison.py"
-    script.write_text(POISON)
-    done = launch(script, "train", *settings(out=out, **options))  # type: ignore[arg-type]
+    out = place / "skipped"
+    done = group(2, "train", *settings(out=out, **options), code=POISON)  # type: ignore[arg-type]
     assert done.status == 0, done.err
     assert [row.get("skipped", 0) for row in log_of(out)] == [0, 1, 1, 1, 1, 1]
     assert float(final_state(out)["optimizers"]["student"]["state"][0]["step"]) == 5
     one = place / "skipped-alone"
-    code = POISON.replace('os.environ.get("RANK") == "1"', "True").replace("from diffalign.cli import main\nmain()", "")
+    code = POISON.replace('os.environ.get("RANK") == "1"', "True")
     assert diffalign("train", *settings(out=one, **options), code=code).status == 0  # type: ignore[arg-type]
     assert close(lora_of(one), lora_of(out)) < 1e-5
 
 
+def test_wrong_input_is_said_once(options: dict[str, object], place: Path) -> None:
+    """Fewer rows than processes: both end, one speaks."""
+    done = group(2, "train", *settings(out=place / "wrong", **{**options, "train__batch": 1}))  # type: ignore[arg-type]
+    assert done.status == 2 and done.line == "diffalign: train.batch 1 is less than the 2 processes; raise it"
+
+
+@pytest.mark.slow
 def test_wrong_input_under_a_launcher(options: dict[str, object], place: Path) -> None:
     """One voice, no traceback of ours, and a failure for the launcher; fewer rows than processes is one of them."""
     out = place / "wrong"

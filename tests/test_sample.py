@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command import script
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -160,13 +158,12 @@ def many(model: Path | str, out: Path | str) -> None:
 def test_a_killed_run_goes_on_and_ends_the_same(tmp_path: Path, tiny_model_folder: Path) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     many(tiny_model_folder, whole)
-    arguments = (tiny_model_folder, torn, torch.get_num_threads(), Path(__file__).parent)
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, *map(str, arguments)])
+    process = script(SCRIPT, tiny_model_folder, torn, torch.get_num_threads(), Path(__file__).parent)
     while len(list(torn.glob("images/*.png"))) < 7:
-        assert process.poll() is None, "it ended before it was killed"
+        assert process.running(), "it ended before it was killed"
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.send(signal.SIGKILL)
+    assert process.wait().status == -signal.SIGKILL
     assert not (torn / "manifest.jsonl").exists()
     done = {name: (torn / "images" / name).stat().st_mtime_ns for name in images(torn) if name.endswith(".png")}
     assert 7 <= len(done) < 40

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from command import diffalign
+from command import diffalign, group
 from diffusers import UNet2DConditionModel
 from small import curve, final_state, log_of, same_tree, settings, write_pairs
-from test_parallel import POISON, launch
+from test_parallel import POISON
 from torch import Tensor
 
 BATCH = 5  # 2 rows on one rank, 3 on the other: with micro-batches of 2, the first must add an empty one
@@ -56,7 +56,7 @@ def alone(options: dict[str, Any], place: Path) -> Path:
 @pytest.fixture(scope="module")
 def sharded(options: dict[str, Any], place: Path) -> Path:
     out = place / "sharded"
-    done = launch("-m", "diffalign", "train", *settings(out=out, **options, train__parallel="fsdp"))
+    done = group(2, "train", *settings(out=out, **options, train__parallel="fsdp"))
     assert done.status == 0, done.err
     assert done.out.count("model: ") == 1
     return out
@@ -103,7 +103,7 @@ def test_resume_is_exact(options: dict[str, Any], place: Path, sharded: Path) ->
     out = place / "resumed"
     shutil.copytree(sharded, out)
     shutil.rmtree(out / "checkpoints" / "step-000004")
-    done = launch("-m", "diffalign", "train", *settings(out=out, **options, train__parallel="fsdp"))
+    done = group(2, "train", *settings(out=out, **options, train__parallel="fsdp"))
     assert done.status == 0 and done.err.count("going on from") == 1, done.err
     first, second = final_state(sharded), final_state(out)
     assert all(same_tree(first[key], second[key]) for key in ("step", "roles", "optimizers", "ema"))
@@ -126,7 +126,7 @@ def test_methods_without_a_reference(method: str, options: dict[str, Any], place
     for name, extra in (("one", []), ("two", ["train.parallel=fsdp"])):
         runs.append(place / f"{method}-{name}")
         args = [f"tiny/{method}", *settings(out=runs[-1], **changes)[1:], *extra]
-        done = launch("-m", "diffalign", "train", *args) if extra else diffalign("train", *args)
+        done = group(2, "train", *args) if extra else diffalign("train", *args)
         assert done.status == 0, done.err
     assert gap(*(final_state(run)["roles"]["student"] for run in runs)) < 1e-5
     assert gap(*map(unet_of, runs)) < 1e-5
@@ -134,9 +134,8 @@ def test_methods_without_a_reference(method: str, options: dict[str, Any], place
 
 @pytest.mark.slow
 def test_a_skip_is_one_decision(options: dict[str, Any], place: Path) -> None:
-    out, script = place / "skipped", place / "poison.py"
-    script.write_text(POISON)
-    done = launch(script, "train", *settings(out=out, **options, train__parallel="fsdp"))
+    out = place / "skipped"
+    done = group(2, "train", *settings(out=out, **options, train__parallel="fsdp"), code=POISON)
     assert done.status == 0, done.err
     assert [row.get("skipped", 0) for row in log_of(out)] == [1, 1, 1, 1]
     assert float(final_state(out)["optimizers"]["student"]["state"][0]["step"]) == 3

@@ -62,7 +62,7 @@ class DiffInstruct(ScoreDistill[DiffInstructConfig]):
         implements="Diff-Instruct (KL, arXiv 2305.18455), Diff-Instruct++ (with reward, 2410.18881) and Diff-Instruct* "
         "(score-based divergence with reward), with any differentiable scorer",
         differs="from the papers alone; differences of scores are measured in x0-space by default and averaged, not "
-        "summed; student and fake score start from the teacher, not from a one-step model",
+        "summed; student and fake score start from the teacher; the papers' one-step model comes in by model.start",
     )
 
     def __init__(self, config: DiffInstructConfig) -> None:

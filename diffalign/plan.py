@@ -337,7 +337,7 @@ class MetaModel(Model):
     def decode_with_gradient(self, latents: Tensor) -> Tensor:
         """As of any model, with the attention that a GPU has."""
         with CudaLike(None):
-            images = self.vae.decode(latents).sample
+            images: Tensor = self.vae.decode(latents).sample
         return (images / 2 + 0.5).clamp(0, 1)
 
     def keep_vae(self, checkpointing: bool = False) -> None:

@@ -141,7 +141,8 @@ def _key(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     schema = func._schema
     if schema.is_mutable or any(found.alias_info is not None for found in schema.returns):
         return None
-    known, tensors = [], 0
+    known: list[Any] = []
+    tensors = 0
     for value in tree_leaves((args, kwargs)):
         if isinstance(value, Tensor):
             if value.device.type != "meta":

@@ -47,7 +47,7 @@ def sample(
     from ..pipelines.sample import SampleSpec
     from ..pipelines.sample import sample as run_sample
 
-    begun = {"base_first": base_first, "base_steps": base_steps, "base_guidance": base_guidance}
+    begun: dict[str, Any] = {"base_first": base_first, "base_steps": base_steps, "base_guidance": base_guidance}
     spec = SampleSpec(model, lora, lora_scale, **begun, **sampling)
     print(run_sample(spec, read_prompts(prompts), to, progress=not quiet, set_name=set_name(prompts)))
 

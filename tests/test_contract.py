@@ -44,7 +44,7 @@ def method(request: pytest.FixtureRequest) -> Method[Any]:
 @functools.cache
 def ready(method: Method[Any]) -> Trainer:
     """A method's trainer for tests that only compute losses: what they leave behind is its phase."""
-    return stirred(make_trainer(method))
+    return warm(make_trainer(method))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
@@ -207,6 +207,10 @@ def test_swapping_winner_and_loser_mirrors_the_margin(pair: PairMethod[Any]) -> 
         there = pair.loss(trainer.ctx, batch, pair.phases[0]).metrics
         batch.latents = {"chosen": batch.latents["rejected"], "rejected": batch.latents["chosen"]}
         back = pair.loss(trainer.ctx, batch, pair.phases[0]).metrics
+        batch.latents = dict.fromkeys(batch.latents, batch.latents["rejected"])
+        winner = pair.loss(trainer.ctx, batch, pair.phases[0]).metrics
+    torch.testing.assert_close(winner["chosen_error"], there["chosen_error"])
+    assert not torch.allclose(winner["rejected_error"], there["rejected_error"]), "the names are of the right pictures"
     assert float(there["logit"].abs().min()) > 0
     torch.testing.assert_close(there["logit"], -back["logit"], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(there["margin"], -back["margin"], rtol=1e-3, atol=1e-6)

@@ -31,7 +31,10 @@ def averaged(trainer: Trainer) -> Iterator[None]:
 
 
 def heldout_metrics(trainer: Trainer, heldout: Source, recipe: ValidateRecipe) -> dict[str, float]:
-    """Loss and metrics of held-out rows, each under ``draws`` fixed (t, noise); the same on any number of processes."""
+    """Loss and metrics of held-out rows, each under ``draws`` fixed (t, noise); the same on any number of processes.
+
+    Of online methods: what the samples of held-out prompts are like (``Rollouts.metrics``), their loss minus the
+    reward."""
     ctx, phase = trainer.ctx, trainer.method.phases[-1]
     meter = Meter()
     shares = [heldout.portion(rank, trainer.world) for rank in range(trainer.world)]
@@ -50,6 +53,12 @@ def heldout_metrics(trainer: Trainer, heldout: Source, recipe: ValidateRecipe) -
             parts = trainer.placed(parts)
             ctx.stats = trainer.statistics(parts)
             for batch in (part.to(ctx.device) for part in parts):
+                if trainer.method.online:
+                    found = trainer.method.collect(ctx, batch)
+                    worth = {"loss": -found.metrics["reward"]} if "reward" in found.metrics else {}
+                    for name, value in (found.metrics | worth).items():
+                        meter.add(name, (value.float() * batch.weight).sum(), batch.weight.sum())
+                    continue
                 loss = trainer.method.loss(ctx, batch, phase)
                 for name, (total, weight) in metric_sums(loss).items():
                     meter.add(name, total, weight)

@@ -1,0 +1,318 @@
+"""Policy gradients and D3PO: identities and golden values of the online sheet (0.3, 0.4, 3, 5, 6, C.7, D 6 to 9, 33 to
+41), rounds in the trainer, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from tiny import SD_SCHEDULE
+from torch import Tensor
+from world import SAMPLED, Rows, gap, make_trainer, rows_of, warm, weights
+
+from diffalign.data.batch import Cond
+from diffalign.data.source import Source
+from diffalign.denoiser import Denoiser
+from diffalign.errors import UserError
+from diffalign.methods import make_method
+from diffalign.methods.base import Method
+from diffalign.methods.online.d3po import dominance
+from diffalign.methods.online.grpo import step_kl
+from diffalign.methods.policy_gradient import group_moments, ppo_loss, standardised
+from diffalign.methods.rollout import clipped_pair_loss, pair_bounds
+from diffalign.recipe import ValidateRecipe
+from diffalign.trainer import Trainer
+from diffalign.validate import heldout_metrics
+
+SD = Denoiser.from_config(SD_SCHEDULE)
+LIKELIHOOD = ("ddpo", "grpo", "d3po")
+
+
+def method(name: str = "ddpo", **options: Any) -> Method[Any]:
+    return make_method(name, {**SAMPLED, **options})
+
+
+def bright(images: Tensor, prompts: Any, t: Any = None) -> Tensor:
+    return 10 * images.mean((1, 2, 3))
+
+
+def trainer_of(
+    name: str = "ddpo", reward: Any = bright, train: dict[str, Any] | None = None, **options: Any
+) -> Trainer:
+    trainer = make_trainer(method(name, **options), **train or {})
+    trainer.ctx.rewards = {"tiny-pickscore": reward}
+    return trainer
+
+
+# ---- formulas --------------------------------------------------------------------------------------------------------
+
+
+def test_advantages() -> None:
+    rewards = torch.tensor([1.0, 3.0, 2.0, 2.0, 5.0, -1.0])
+    mean, std = group_moments(rewards, 2)
+    assert standardised(rewards, mean, std, 1e-12, 5.0).tolist() == pytest.approx([-1, 1, 0, 0, 1, -1])
+    unbiased = group_moments(rewards, 2, unbiased=True)[1]
+    assert standardised(rewards, mean, unbiased, 1e-12, 5.0)[:2].tolist() == pytest.approx([-0.7071, 0.7071], abs=1e-4)
+    many = torch.randn(3 * 24, dtype=torch.float64)
+    a = standardised(many, *group_moments(many, 24), 1e-12, 5.0).view(3, 24)
+    torch.testing.assert_close(a.mean(1), torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(a.square().mean(1), torch.ones(3, dtype=torch.float64))
+    moved = 3 * many + 7
+    torch.testing.assert_close(standardised(moved, *group_moments(moved, 24), 1e-12, 5.0).view(3, 24), a)
+    assert float(standardised(torch.tensor([9.0]), torch.tensor([0.0]), torch.tensor([1e-3]), 1e-6, 5.0)) == 5
+
+
+def test_ppo_is_a_gate_on_the_better_side_alone() -> None:
+    old = torch.zeros(6)
+    now = torch.tensor([0.0, 0.0, 0.3, 0.3, -0.3, -0.3], requires_grad=True)
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])
+    values, ratio = ppo_loss(now, old, advantage, 0.1)
+    values.sum().backward()
+    assert now.grad is not None
+    assert values[:2].tolist() == [-1, 1] and ratio[:2].tolist() == [1, 1]
+    assert now.grad.tolist() == pytest.approx([-1, 1, 0, math.exp(0.3), -math.exp(-0.3), 0])
+    none, _ = ppo_loss(now, old, torch.zeros(6), 0.1)
+    assert torch.equal(none, torch.zeros(6))
+
+
+def test_the_pair_loss_its_bounds_and_its_gates() -> None:
+    zero = torch.zeros(3, dtype=torch.float64)
+    won = zero.clone().requires_grad_()
+    loss, _ = clipped_pair_loss(won, zero, zero, zero, 0.1, 0.1)
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(2)))
+    loss.sum().backward()
+    torch.testing.assert_close(won.grad, torch.full_like(zero, -0.05))  # -beta / 2
+    a, b, c, d = torch.randn(4, 50, dtype=torch.float64)
+    there, m = clipped_pair_loss(a, b, c, d, 2.0, 0.1)
+    back, n = clipped_pair_loss(b, a, d, c, 2.0, 0.1)
+    torch.testing.assert_close(m, -n)
+    torch.testing.assert_close(back - there, m)
+    free = clipped_pair_loss(a, b, c, d, 2.0, None)[1]
+    torch.testing.assert_close(free, 2 * ((a - c) - (b - d)))
+    for beta, low, high in ((0.1, 0.68316, 0.70323), (10, 0.1260, 2.1327), (50, 4.39e-5, 10.033)):
+        assert pair_bounds(beta, 0.1) == pytest.approx((low, high), rel=2e-3)
+        wild = clipped_pair_loss(50 * a, 50 * b, zero[:1], zero[:1], beta, 0.1)[0]
+        assert low * 0.99 < float(wild.min()) and float(wild.max()) < high * 1.01
+    up, down = torch.tensor([0.2, 0.0], requires_grad=True), torch.tensor([0.0, -0.2], requires_grad=True)
+    clipped_pair_loss(up, down, torch.zeros(2), torch.zeros(2), 1.0, 0.1)[0].sum().backward()
+    assert up.grad is not None and down.grad is not None
+    assert float(up.grad[0]) == 0 and float(down.grad[0]) > 0 and float(up.grad[1]) < 0 and float(down.grad[1]) == 0
+    far = clipped_pair_loss(torch.tensor([-1000.0]), torch.zeros(1), torch.zeros(1), torch.zeros(1), 1.0, None)[0]
+    assert float(far) == 1000, "finite where -log(sigmoid(m)) is not"
+
+
+def test_the_kl_is_that_of_two_gaussians() -> None:
+    mean, base, std = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2), torch.rand(3, 1, 1, 1) + 0.1
+    one, other = (torch.distributions.Normal(m, std.expand_as(m)) for m in (mean, base))
+    expected = torch.distributions.kl_divergence(one, other).mean((1, 2, 3))
+    torch.testing.assert_close(step_kl(mean, base, std), expected)
+    assert float(step_kl(mean, mean, std).abs().max()) == 0
+
+
+def test_dominance_needs_all_scorers() -> None:
+    first = torch.tensor([[1.0, 1.0], [1.0, 2.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    second = torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
+    assert dominance(first, second).tolist() == [1, 1, 0, -1, 0]
+    assert dominance(second, first).tolist() == [-1, -1, 0, 1, 0]
+
+
+# ---- rounds ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LIKELIHOOD)
+def test_the_first_update_of_a_round_is_on_policy(name: str) -> None:
+    """Ratio 1, nothing clipped; D3PO at log 2. Of a student that has moved from the base."""
+    trainer = warm(trainer_of(name, train={"lr": 1e-2}, members=2), 2)
+    trainer.meter.sums.clear()
+    trainer.train_step()
+    means = trainer.meter.read(lambda x: x)
+    if name == "d3po":
+        fresh = trainer_of(name, members=2)
+        fresh.train_step()
+        assert fresh.meter.read(lambda x: x)["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert means["ratio_won"] != 1, "the base is the start, not the one that sampled"
+    else:
+        assert means["ratio"] == pytest.approx(1, abs=1e-5) and means["approx_kl"] < 1e-10
+        assert means["clipped_above"] == means["clipped_below"] == 0
+    assert means["idle"] == 0 and means["reward_spread"] > 0
+
+
+def test_a_round_is_sampled_once_and_dealt_to_its_updates() -> None:
+    trainer = trainer_of(share=1.0, updates=3, epochs=2)
+    seen: list[tuple[str, ...]] = []
+    sampled: list[tuple[str, ...]] = []
+    loss, collect = trainer.method.loss, trainer.method.collect
+
+    def watched(ctx: Any, batch: Any, phase: Any) -> Any:
+        seen.append(batch.ids)
+        return loss(ctx, batch, phase)
+
+    def counted(ctx: Any, prompts: Any) -> Any:
+        sampled.append(prompts.ids)
+        return collect(ctx, prompts)
+
+    trainer.method.loss = watched  # type: ignore[method-assign]
+    type(trainer.method).collect, before = counted_of(counted), type(trainer.method).collect  # type: ignore[method-assign]
+    try:
+        trainer.train_step()
+    finally:
+        type(trainer.method).collect = before  # type: ignore[method-assign]
+    assert len(sampled) == 1 and len(trainer.slots) == 6 and trainer.fresh == 1
+    items = 4 * 2 * 2
+    halves = [seen[: len(seen) // 2], seen[len(seen) // 2 :]]
+    for half in halves:
+        assert sorted({name for ids in half for name in ids}).__len__() == sum(map(len, half)) == items
+    assert int(next(iter(trainer.optimizers["student"].state.values()))["step"]) == 6
+
+
+def counted_of(call: Any) -> Any:
+    return lambda self, ctx, prompts: call(ctx, prompts)
+
+
+def test_equal_rewards_teach_nothing_and_leave_the_weights_alone() -> None:
+    """By momentum or decay either; the round is counted as idle and training goes on."""
+    for name in LIKELIHOOD:
+        trainer = warm(trainer_of(name, members=2), 1)
+        trainer.ctx.rewards = {"tiny-pickscore": lambda images, prompts, t=None: torch.ones(len(images))}
+        before = weights(trainer)
+        trainer.meter.sums.clear()
+        trainer.train_step()
+        assert all(map(torch.equal, before, weights(trainer)))
+        found = trainer.meter.read(lambda x: x)
+        assert found["idle"] == 1 and found.get("groups_alike", 1) == 1 and float(trainer.skipped) == 0
+        trainer.ctx.rewards = {"tiny-pickscore": bright}
+        trainer.train_step()
+        assert not all(map(torch.equal, before, weights(trainer)))
+
+
+def test_moments_of_the_batch_know_no_micro_batches() -> None:
+    steady = {"max_grad_norm": None, "eps": 1e-2}
+    options = {"mean": "batch", "std": "batch", "members": 1, "clip": 0.2}
+    whole = warm(trainer_of(train=steady, **options), 2)
+    parts = warm(trainer_of(train={**steady, "micro_batch": 1}, **options), 2)
+    assert gap(weights(whole), weights(parts)) < 1e-5
+    batch = rows_of(whole)
+    with torch.no_grad():
+        found = whole.method.collect(whole.ctx, batch)
+    rewards = found.columns["reward"]
+    assert len(rewards) == 4
+    got = whole.method.advantage(found.columns, found.stats)  # type: ignore[attr-defined]
+    expected = (rewards - rewards.mean()) / (rewards.std(unbiased=False) + 1e-6)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_round_goes_on_from_a_checkpoint_in_the_middle_of_a_run() -> None:
+    """A checkpoint holds no samples: the round that a kill broke off is sampled again, bit for bit."""
+    straight = warm(trainer_of(updates=2, epochs=2), 2)
+    first = warm(trainer_of(updates=2, epochs=2), 1)
+    state = copy.deepcopy(first.state())
+    first.collect([rows_of(first)])  # killed here: the rollout of the second round was under way
+    second = trainer_of(updates=2, epochs=2)
+    second.load(state)
+    warm(second, 1)
+    assert all(map(torch.equal, weights(straight), weights(second)))
+
+
+def test_gradients_are_clipped() -> None:
+    """The authors clip an exhausted iterator, which does nothing (sheet, appendix E)."""
+    trainer = trainer_of("ddpo", train={"max_grad_norm": 1e-3, "optimizer": "adamw"}, members=2)
+    seen: list[float] = []
+    step = trainer.optimizers["student"].step
+    trainer.optimizers["student"].step = lambda *a: (
+        seen.append(  # type: ignore[method-assign]
+            float(torch.cat([p.grad.flatten() for p in trainer.roles.parameters("student")]).norm())
+        )
+        or step(*a)
+    )
+    trainer.train_step()
+    norm = trainer.meter.read(lambda x: x)["grad_norm/student"]
+    assert norm > 2e-3 and seen == [pytest.approx(1e-3, rel=1e-3)]
+
+
+def seen(trainer: Trainer) -> Tensor:
+    """Rewards of twelve prompts under noise that never changes."""
+    before, trainer.ctx.phase = trainer.ctx.phase, "look"
+    with torch.no_grad():
+        found = trainer.method.collect(trainer.ctx, rows_of(trainer, range(12))).metrics["reward"]
+    trainer.ctx.phase = before
+    return found
+
+
+@pytest.mark.parametrize("name", LIKELIHOOD)
+def test_the_reward_goes_up(name: str) -> None:
+    """On the same noise before and after, so that nothing but the weights tells."""
+    options: dict[str, Any] = {"clip": 0.1, "members": 4} if name != "d3po" else {"beta": 10.0, "clip": None, "members": 4}
+    trainer = trainer_of(name, train={"lr": 3e-3, "batch": 8, "weight_decay": 0.0}, shared_noise=True, **options)
+    start = seen(trainer)
+    warm(trainer, 7)
+    assert float((seen(trainer) - start).mean()) > 5e-4
+
+
+def test_held_out_prompts_are_sampled_and_scored() -> None:
+    trainer = trainer_of(members=2)
+    heldout = Source(Rows(4, seed=9, kind="prompt"), range(4), 0, Cond(torch.zeros(1, 5, 16)))  # type: ignore[arg-type]
+    found = heldout_metrics(trainer, heldout, ValidateRecipe(draws=1))
+    assert found["loss"] == -found["reward"] and found == heldout_metrics(trainer, heldout, ValidateRecipe(draws=1))
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "a deterministic sampler": ({"eta": 0.0}, "method.eta=0 makes sampling deterministic"),
+    "one step": ({"timesteps": [999]}, "no step of this sampler has a likelihood"),
+    "beyond": ({"timesteps": [1500, 999]}, "1500 is beyond the model's schedule"),
+    "a flow sampler": ({"sampler": "flow"}, "set it to ddim or renoise"),
+    "too many": ({"steps": 2000}, "between 1 and 1000"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_samplers_that_do_not_go(what: str) -> None:
+    options, expected = REFUSED[what]
+    for name in LIKELIHOOD:
+        with pytest.raises(UserError, match=expected) as caught:
+            method(name, **options).check(SD)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_group_of_one_is_refused() -> None:
+    for name in ("ddpo", "grpo"):
+        with pytest.raises(ValidationError, match="one sample a prompt has nothing to be compared with"):
+            method(name, members=1)
+    with pytest.raises(ValidationError, match="greater than or equal to 2"):
+        method("d3po", members=1)
+    with pytest.raises(ValidationError, match="2 numbers for 1 scorers"):
+        method("ddpo", reward_weights=[1.0, 2.0])
+
+
+def test_scorers_are_summed_by_weight_and_a_picture_is_decoded_once() -> None:
+    trainer = trainer_of(reward_weights=[2.0])
+    calls = {"decode": 0, "score": 0}
+    decode = trainer.ctx.decoder
+    assert decode is not None
+
+    def decoded(latents: Tensor) -> Tensor:
+        calls["decode"] += len(latents)
+        return decode(latents)
+
+    def scored(images: Tensor, prompts: Any, t: Any = None) -> Tensor:
+        calls["score"] += len(images)
+        return bright(images, prompts)
+
+    trainer.ctx.decoder = decoded
+    trainer.ctx.rewards = {"a": scored, "b": scored}
+    scores = trainer.method.score(trainer.ctx, torch.randn(10, 4, 8, 8), ["x"] * 10)  # type: ignore[attr-defined]
+    assert scores.shape == (10, 2) and calls == {"decode": 10, "score": 20}
+    weighted = method(reward="tiny-pickscore,tiny-hps", reward_weights=[2.0, -1.0])
+    torch.testing.assert_close(weighted.total(scores), 2 * scores[:, 0] - scores[:, 1])  # type: ignore[attr-defined]
+
+
+def test_a_narrow_loss_is_announced() -> None:
+    assert "look at the reward, not at the loss" in method("d3po").notes()[0]
+    assert not method("d3po", beta=10.0).notes() and not method("d3po", clip=None).notes()
+    assert F.softplus(torch.tensor(0.0)) == pytest.approx(math.log(2))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,10 +73,12 @@ class StepAware(nn.Module):
         self.clip, self.tokenizer, self.pixels = clip, tokenizer, pixels
         vision = clip.config.vision_config
         width, depth = int(vision.hidden_size), int(vision.num_hidden_layers)
-        self.time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
-        self.blocks = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(depth))
+        ends = nn.Linear(FREQUENCIES, width), nn.Linear(width, width)
+        blocks = [nn.Linear(width, 6 * width) for _ in range(depth)]
+        self.time = nn.Sequential(ends[0], nn.SiLU(), ends[1])
+        self.blocks = nn.ModuleList(blocks)
         self.final = nn.Linear(width, 2 * width)
-        self._start()
+        start_as_clip(ends, blocks, self.final)
         self._parts: list[tuple[Tensor, ...]] | None = None  # of the call that is under way
         for number, layer in enumerate(clip.vision_model.encoder.layers):
             layer.layer_norm1.register_forward_hook(partial(self._modulate, number, 0))
@@ -83,19 +86,6 @@ class StepAware(nn.Module):
             layer.layer_norm2.register_forward_hook(partial(self._modulate, number, 3))
             layer.mlp.register_forward_hook(partial(self._gate, number, 5))
         clip.vision_model.post_layernorm.register_forward_hook(partial(self._modulate, depth, 0))
-
-    def _start(self) -> None:
-        """Computes as ``clip`` alone at every time."""
-        for layer in (self.time[0], self.time[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-        for layer in (*self.blocks, self.final):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-        with torch.no_grad():
-            for block in self.blocks:
-                for gate in (2, 5):
-                    block.bias.unflatten(0, (6, -1))[gate] = 1  # type: ignore[operator]
 
     def _modulate(self, number: int, place: int, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         """(1 + scale) x + shift."""
@@ -171,6 +161,20 @@ class StepAware(nn.Module):
         for tensors, file in ((time, FILE), (own, "model.safetensors")):
             save_file(tensors, folder / f".{file}.partial", {"format": "pt"})
             os.replace(folder / f".{file}.partial", folder / file)
+
+
+@torch.no_grad()
+def start_as_clip(time: Sequence[nn.Linear], blocks: Sequence[nn.Linear], final: nn.Linear) -> None:
+    """Makes what the time adds do nothing: all shifts and scales 0, all gates 1."""
+    for layer in time:
+        nn.init.normal_(layer.weight, std=0.02)
+        nn.init.zeros_(layer.bias)
+    for layer in (*blocks, final):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    for block in blocks:
+        for gate in (2, 5):
+            block.bias.unflatten(0, (6, -1))[gate] = 1
 
 
 def _beside(part: Tensor, x: Tensor) -> Tensor:

@@ -265,7 +265,14 @@ def every_method() -> list[Method[Any]]:
         "kto": {"beta": 100.0},
         "rankdpo": {"beta": 100.0},
         "spm": {"start": small_clip()},
-        "spo": {"reward": f"spm={small_clip()}", "steps": 4, "start_step": 1, "pool": 2, "threshold": -1.0, "beta": 1.0},
+        "spo": {
+            "reward": f"spm={small_clip()}",
+            "steps": 4,
+            "start_step": 1,
+            "pool": 2,
+            "threshold": -1.0,
+            "beta": 1.0,
+        },
         "capo": {"beta": 100.0},
         "ppd": {"beta": 100.0, "user_dropout": 0.25},
         "dmd": {"regression_weight": 0.0},  # its rows are of `pairs teacher`

@@ -98,9 +98,6 @@ class SPO(RolloutMethod[SPOConfig]):
     )
     needs = Needs(batch="prompt", draws=(), reward=True, scores_only=True, decode=True)
 
-    def rewards(self) -> str:
-        return self.config.reward
-
     def notes(self) -> list[str]:
         config = self.config
         if config.clip is None:

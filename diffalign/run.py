@@ -64,9 +64,16 @@ class Run:
         return [(row["step"], row[name]) for row in self.log if row["kind"] == kind and name in row]
 
     def pipeline(self, **options: Any) -> DiffusionPipeline:
-        """The trained model as a diffusers pipeline: plain, or a few-step student's that draws as it was distilled."""
+        """The trained model as a diffusers pipeline: plain, or a few-step student's that draws as it was distilled.
+
+        Raises UserError where the run trained a preference model."""
         from .facts import recorded
 
+        if (self.model / "step_aware.safetensors").is_file():
+            raise UserError(
+                f"'{self.dir}' trained a preference model, which makes no pictures; score with it: "
+                f"--scorers spm={self.dir}"
+            )
         pipe, record = self._plain_pipeline(**options), recorded(str(self.model))
         if record is None:
             return pipe

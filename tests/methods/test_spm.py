@@ -16,6 +16,8 @@ from diffalign.eval.scorers import load_scorer
 from diffalign.eval.spm import StepAware, load_step_aware, shape_of, time_embedding
 from diffalign.families.lora import find_lora
 from diffalign.methods.online.spm import SPM, SPMConfig, preference_of, spm_loss
+from diffalign.recipe import load_recipe
+from diffalign.run import Run
 from diffalign.trainer import Trainer
 
 START = "asset:tiny-pickscore"
@@ -157,6 +159,10 @@ def test_it_is_saved_and_loaded_like_a_scorer(tmp_path: Path) -> None:
             load_scorer(name, str(run / "model"), device="cpu")
     with pytest.raises(UserError, match="--scorers spm="):
         find_lora(str(run))
+    with pytest.raises(UserError, match="train one"):
+        load_step_aware("runs/not-trained-yet")
+    with pytest.raises(UserError, match="makes no pictures"):
+        Run(run, load_recipe("tiny/spm"), 0).pipeline()
     with pytest.raises(UserError, match="one time an image"):
         scorer.reward(images, PROMPTS, TIMES[:1])  # type: ignore[call-arg]
     (run / "model" / "step_aware.safetensors").write_bytes(b"torn")

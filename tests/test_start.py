@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,9 @@ from torch import Tensor, nn
 
 from diffalign.data.batch import Cond
 from diffalign.errors import UserError
-from diffalign.families import load_model, save_lora
+from diffalign.families import Model, load_model, save_lora
 from diffalign.publish import without_paths
-from diffalign.recipe import Recipe, load_recipe
+from diffalign.recipe import ModelRecipe, Recipe, load_recipe
 from diffalign.roles import Roles
 from diffalign.setup import build_roles, make_method_of
 
@@ -39,10 +41,16 @@ def lora(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> P
     return folder
 
 
+@functools.cache
+def loaded(folder: str) -> Model:
+    return load_model(ModelRecipe(path=folder), CPU, torch.float32)
+
+
 def started(folder: Path, start: Path | str, *options: str, method: str = "dmd2") -> tuple[Roles, Recipe]:
     lora = ["model.lora.rank=4", "model.lora.alpha=3", "model.lora.targets=all"]
     recipe = load_recipe(f"tiny/{method}", [f"model.path={folder}", f"model.start={start}", *lora, *options])
-    model = load_model(recipe.model, CPU, torch.float32)
+    model = copy.copy(loaded(str(folder)))
+    model.unet = copy.deepcopy(model.unet)
     return build_roles(model, make_method_of(recipe), recipe, torch.float32), recipe
 
 

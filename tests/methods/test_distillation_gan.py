@@ -219,8 +219,8 @@ def test_a_bins_mean_is_remembered() -> None:
     torch.testing.assert_close(two["bins"], torch.tensor([1.75, 0.75 + 0.125, 1.5]))
     assert method.remember(two, {}) == {}  # the critic has no ratios
     options = {"timesteps": [999], "critic_steps": 1, "gan_width": 8, "ratio_bins": 2, "ratio_memory": 0.5}
-    straight = warm(knowing(make_trainer(make_method("f_distill", options))), 3)
-    first = warm(knowing(make_trainer(make_method("f_distill", options))), 2)
+    straight = warm(knowing(make_trainer(make_method("f_distill", options))), 2)
+    first = warm(knowing(make_trainer(make_method("f_distill", options))), 1)
     second = make_trainer(make_method("f_distill", options))
     second.load(copy.deepcopy(first.state()))
     warm(second, 1)

@@ -101,6 +101,14 @@ def test_implicit_matching_with_the_square_is_sid_at_alpha_one() -> None:
     torch.testing.assert_close(implicit_matching(x, y_fake, y_real, 0.3), ours / size)
 
 
+def test_gradients_run_through_every_factor() -> None:
+    """By finite differences, with scores that bend with x: neither d' nor a score is held still."""
+    x = normal(2, 1, 2, 2).double().requires_grad_()
+    for constant in (None, 0.3):
+        assert torch.autograd.gradcheck(lambda x, c=constant: implicit_matching(x, x.sin(), 0.7 * x**2, c, 1.5), (x,))
+    assert torch.autograd.gradcheck(lambda x: sid_loss(x, x.sin(), 0.7 * x**2, 1.2, None)[0], (x,))
+
+
 def test_differences_of_scores_are_those_of_x0_by_alpha_over_sigma_squared() -> None:
     """At one time the divergences in either space differ by that weight: twice for the square, once for huber's."""
     values = {}

@@ -19,7 +19,7 @@ from diffalign.bench.methods_page import page
 from diffalign.bench.methods_report import MethodsReport
 from diffalign.bench.student_jobs import GROUP, Company, with_students
 from diffalign.bench.student_table import steps_report
-from diffalign.bench.student_verdict import decide_aligned, decide_student
+from diffalign.bench.student_verdict import decide_aligned, decide_student, judge_student
 from diffalign.bench.students import StudentJob, by_ddim, cut, going_on
 from diffalign.bench.verdict import Estimate, Row
 from diffalign.errors import UserError
@@ -73,6 +73,15 @@ def result(name: str, seed: int, levels: Sequence[dict[str, Any]], held: float =
     scores = {scorer: [held] * 8 for scorer in SCORERS}
     head = {"name": name, "seed": seed, "code": "code", "cpu": 60.0, "peak_mb": 150.0, "levels": list(levels)}
     return head | {"judged": {"scores": scores}}
+
+
+def test_a_piece_of_a_path_is_no_picture() -> None:
+    teacher = result("teacher", 0, [level(20, 1.0)])
+    found = [result("any", seed, [level(1, 0.1), level(2, 0.9)]) for seed in range(3)]
+    assert judge_student("dmd2", [], found, teacher, {})[0] == "not learning"
+    assert judge_student("tdm", [], found, teacher, {}) == ("learning", "")
+    poor = [result("any", seed, [level(1, 0.9), level(2, 0.1)]) for seed in range(3)]
+    assert judge_student("tdm", [], poor, teacher, {})[0] == "not learning"
 
 
 def job(name: str, seed: int = 0, **options: Any) -> StudentJob:

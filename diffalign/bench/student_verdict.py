@@ -20,6 +20,8 @@ DIVERSITY = 0.8  # the share of the teacher's diversity, at each of these steps
 SINGLES_ASKED = 24  # prompts
 NEAR = 1e-9  # equal to a bar is enough, whatever the last digit says
 ALIGNED_FROM = {"pso": "dmd2"}  # a row that aligns a student, and the row whose student of the same seed that is
+# students whose earlier calls end a piece of a path and not a picture: the bars are for all their steps alone
+WHOLE = ("tdm",)
 UNJUDGED = {"distillation_dpo": "it aligns while it distils: there is no student from which it starts, to gain over"}
 Found = Mapping[str, Any]  # a job's result
 
@@ -139,8 +141,9 @@ def judge_student(
     ddim: Mapping[int, Found],
     starts: Sequence[Found] = (),
 ) -> tuple[Word, str]:
-    """(verdict, reason) for ``rows`` of a method: by its bars, or, where it aligns a student, by what it gains over
-    ``starts``, the results of the students that it started from. Both are set in the rows."""
+    """(verdict, reason) for ``rows`` of a method: by its bars (those of all its steps alone, where it is in ``WHOLE``),
+    or, where it aligns a student, by what it gains over ``starts``, the results of the students that it started from.
+    Both are set in the rows."""
     verdict, why = _judged(method, found, teacher, starts)
     if verdict == "learning" and method not in ALIGNED_FROM:
         for steps in sorted(BARS.keys() & ddim.keys() & {row.steps for row in rows}):
@@ -167,7 +170,7 @@ def _judged(method: str, found: Sequence[Found], teacher: Found | None, starts: 
         return "open", "the teacher was not judged"
     shares: dict[int, list[tuple[float, float]]] = {}
     for result in found:
-        for level in result["levels"]:
+        for level in result["levels"][-1:] if method in WHOLE else result["levels"]:
             share = _share(level, teacher)
             if share is None:
                 return "open", "the teacher has nothing right, which shares cannot be of"

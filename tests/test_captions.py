@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from diffalign.cli import main
 from diffalign.data import caption
 from diffalign.data.caption import CaptionOptions, caption_pairs
-from diffalign.data.captioner import Captioner, ModelPerturber, load_captioner, load_perturber
+from diffalign.data.captioner import Captioner, ModelPerturber, _asking, load_captioner, load_perturber
 from diffalign.data.convert import Converted, ConvertOptions, convert_pairs
 from diffalign.data.perturb import perturb
 from diffalign.data.readers import read_pairs
-from diffalign.errors import UserError
+from diffalign.errors import RunError, UserError
 from diffalign.eval.ranks import Ranks
 
 CPU = torch.device("cpu")
@@ -144,9 +145,37 @@ def test_a_chat_model_is_told_the_prompt(llava: Path) -> None:
     for i, one in enumerate(said):
         assert captioner([pictures[i]], [["a cat", "a cat", "a much longer prompt about a dog"][i]]) == [one]
     captioner.processor.chat_template = None
-    with pytest.raises(UserError, match="needs the chat template"):
+    with pytest.raises(UserError, match="needs its processor's chat template"):
         captioner(pictures, [""] * 3)
     assert all("answer:" not in text and "Describe" not in text for text in said), "the question is no caption"
+
+
+def test_what_a_chat_model_raises_is_one_line(
+    llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A template that knows no pictures, one that refuses, a processor that cuts the pictures otherwise than the model
+    takes them: exit 2, no traceback. Computing that fails is exit 1."""
+    captioner = load_captioner(str(llava), CPU, torch.float32, max_tokens=6)
+    templates = {
+        "{{ messages[0]['content'] | no_such_filter }}": "no_such_filter",
+        "{{ raise_exception('only text is spoken here') }}": "only text is spoken here",
+        "question: {{ messages[0]['content'][1]['text'] }}": "ValueError",
+    }
+    for template, said in templates.items():
+        captioner.processor.chat_template = template
+        with pytest.raises(UserError, match=rf"\(LlavaForCond\w+\) does not answer .*{said}.*; take a model whose"):
+            captioner([picture(1)], ["a cat"])
+    shutil.copytree(llava, tmp_path / "chat")
+    (tmp_path / "chat" / "chat_template.jinja").write_text(next(iter(templates)))
+    told = ["--strategy", "caption", "--captioner", tmp_path / "chat", "--device", "cpu", "--quiet"]
+    _, err = command(monkeypatch, capsys, 2, write_pairs(tmp_path / "pairs", 1), tmp_path / "out", *told)
+    assert "no_such_filter" in err.splitlines()[-1] and "Traceback" not in err
+    kept = r"says no \(RuntimeError: shapes\); captions made so far are kept; mend"
+    with pytest.raises(RunError, match=kept), _asking("says no", "mend"):
+        raise RuntimeError("shapes")
+    with pytest.raises(torch.OutOfMemoryError), _asking("says no", "mend"):
+        raise torch.OutOfMemoryError
+    assert not (tmp_path / "out").exists()
 
 
 def t5(folder: Path, name: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import mean, median, stdev
 from typing import Any
 
 from .eval.health import (
@@ -17,7 +17,8 @@ from .eval.health import (
 )
 from .recipe import GuardsRecipe
 
-BEFORE = 5  # logged gradient norms that make a usual one
+BEFORE = 5  # logged values that make a usual one
+HACKED = 4.0  # deviations (chosen by us)
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,10 @@ class Guards:
     logits are beyond 5, where a won pair has no gradient left, and 0.15 more than at the start.
     ``pictures``: within a prompt the samples differ by less than half of the base's, or their mean brightness or
     saturation moved by more than 0.15. ``gradient``: the gradient norm is above 10 times its median so far.
-    ``rounds``: a round of samples of an online method left nothing to learn. Each fires once a run. The thresholds are
-    those by which the report reads the curves; ``eval/health.py`` says where they come from.
+    ``rounds``: a round of samples of an online method left nothing to learn. ``hacking``: a scorer that only looks on
+    (``method.guard``) is below its first five logged values by more than 4 of their deviations, while the reward is
+    above its own. Each fires once a run. The thresholds are those by which the report reads the curves;
+    ``eval/health.py`` says where they come from.
 
     Args:
         recipe: policies.
@@ -48,6 +51,7 @@ class Guards:
         self.recipe = recipe
         self.first: dict[str, Mapping[str, float]] = {}
         self.norms: dict[str, list[float]] = {}
+        self.scores: list[tuple[float, float]] = []  # of the reward that is climbed, and of the one that looks on
         self.fired: set[str] = set()
         for row in rows:
             if row["kind"] == "guard":
@@ -72,7 +76,7 @@ class Guards:
         if values.get("rounds_empty", 0.0) > 0:
             share = f"{values['rounds_empty']:.0%} of the last rounds left nothing to learn"
             found["rounds"] = f"{share}: no pair was far enough apart, or all samples of a prompt scored alike"
-        found |= self._sigmoid(values)
+        found |= self._sigmoid(values) | self._hacking(values)
         self._remember("train", values)
         return self._alarms(found)
 
@@ -89,6 +93,18 @@ class Guards:
         found |= self._pictures(values)
         self._remember("validate", values)
         return self._alarms(found)
+
+    def _hacking(self, values: Mapping[str, float]) -> dict[str, str]:
+        if len(self.scores) < BEFORE or not {"reward", "guard_score"} <= values.keys():
+            return {}
+        rewards, guards = (list(column) for column in zip(*self.scores[:BEFORE], strict=True))
+        usual, fall = mean(guards), mean(guards) - values["guard_score"]
+        if values["reward"] <= mean(rewards) or fall <= HACKED * stdev(guards):
+            return {}
+        return {
+            "hacking": f"the reward rose to {values['reward']:.4g} and method.guard fell from {usual:.4g} to "
+            f"{values['guard_score']:.4g}: the scorer is being hacked"
+        }
 
     def _sigmoid(self, values: Mapping[str, float]) -> dict[str, str]:
         share = values.get("saturated", 0.0)
@@ -113,6 +129,8 @@ class Guards:
         for name, norm in values.items():
             if name.startswith("grad_norm/"):
                 self.norms.setdefault(name, []).append(norm)
+        if kind == "train" and {"reward", "guard_score"} <= values.keys():
+            self.scores.append((values["reward"], values["guard_score"]))
 
     def _alarms(self, found: Mapping[str, str]) -> list[Alarm]:
         policies = self.recipe.model_dump()

@@ -160,6 +160,14 @@ SHEET: dict[str, dict[str, Any]] = {
     "sd15/d3po": {**SHARED, "method.name": "d3po", "method.steps": 20, "method.eta": 1.0, "method.guidance": 5.0}
     | {"method.beta": 0.1, "method.clip": 0.1, "method.members": 2, "method.shared_noise": True, "train.batch": 20}
     | {"train.lr": 3e-5, "train.weight_decay": 1e-4, "train.steps": 400, "model.lora.rank": 4, "data.resolution": 512},
+    # online sheet 4 (256 pictures an update, 1600 updates in rounds of four) and 8
+    "sd15/dro": {**SHARED, "method.name": "dro", "model.storage": "copies", "method.steps": 20, "method.margin": 1e-3}
+    | {"method.guidance": 1.0, "train.lr": 1e-4, "train.batch": 256, "train.steps": 400, "method.updates": 4}
+    | {"data.caption_dropout": 0.2, "data.resolution": 512, "train.ema": 0.999},
+    "sd15/nft": {**SHARED, "method.name": "nft", "method.steps": 10, "method.guidance": 1.0, "method.members": 24}
+    | {"method.beta": 1.0, "method.kl": 1e-4, "method.std": "batch", "method.floor": 1e-4, "method.most": 5.0}
+    | {"model.lora.rank": 32, "model.lora.alpha": 64, "train.lr": 3e-4, "train.weight_decay": 1e-4, "train.ema": 0.9}
+    | {"train.batch": 48, "method.updates": 1, "data.resolution": 512},
     # online sheet, 1A; one GPU of four has 16 pairs
     **{
         f"spm/{family}": {"method.name": "spm", "method.start": "yuvalkirstain/PickScore_v1", "method.guidance": 5.0}
@@ -186,6 +194,10 @@ SHEET: dict[str, dict[str, Any]] = {
             ("sdxl", 64, 1e-5, 2, 2, 0.4, 4, 1024),
         )
     },
+    # online sheet, 9: AlignProp; batch, steps of training and eta are ours
+    "sd15/draft": {"method.name": "draft", "method.steps": 50, "method.guidance": 5.0, "method.through": 50 - 42}
+    | {"method.spread": 5.0, "method.coefficient": 0.01, "train.lr": 1e-3, "train.max_grad_norm": 1.0}
+    | {"train.guards.hacking": "stop", "model.storage": "adapters"},
     # online sheet, 2B: the released concept script; both sizes the same but for the resolution
     **{
         f"{family}/pso": {**SHARED, **LORA, "method.name": "pso", "method.beta": 5.0, "model.lora.rank": 16}

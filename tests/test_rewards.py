@@ -79,7 +79,7 @@ def test_a_kept_vae_does_not_leave_with_the_other_encoders(tiny_sd: Any, monkeyp
 
 @pytest.mark.parametrize(
     ("name", "says"),
-    [("pikscore", "did you mean 'pickscore'"), ("", "no scorer given"), ("oracle", "'oracle' gives no gradients")],
+    [("pikscore", "did you mean 'pickscore'"), ("", "no scorer given"), ("oracle", "the oracle only judges")],
 )
 def test_rewards_that_cannot_be_climbed(name: str, says: str) -> None:
     method = Ascent(AscentConfig(reward=name))

@@ -273,6 +273,7 @@ def every_method() -> list[Method[Any]]:
             "threshold": -1.0,
             "beta": 1.0,
         },
+        "draft": {"reward": f"pickscore={small_clip()}", "steps": 3, "through": 2, "spread": 1.0, "guidance": 1.0},
         "capo": {"beta": 100.0},
         "ppd": {"beta": 100.0, "user_dropout": 0.25},
         "dmd": {"regression_weight": 0.0},  # its rows are of `pairs teacher`
@@ -285,6 +286,8 @@ def every_method() -> list[Method[Any]]:
         "ddpo": {**SAMPLED, "clip": 0.2},
         "grpo": {**SAMPLED, "clip": 0.2, "kl": 0.1},
         "d3po": {**SAMPLED, "beta": 10.0},
+        "nft": {**SAMPLED, "share": 1.0},
+        "dro": {"steps": 2, "updates": 2, "kept": 2},
         "diff_instruct": {"timesteps": [399], "reward": "tiny-pickscore", "reward_weight": 0.1},
     }
     return [make_method(name, moderate.get(name, {})) for name in method_modules()] + [TwoRole(TwoRoleConfig())]

@@ -145,8 +145,9 @@ class FDistill(Adversarial[FDistillConfig]):
         found.metrics["f_weight"] = weight
         # in a mean of the step the trainer divides by the sum of the weights; the GAN's term weighs as at a ratio of 1
         one = f_weight(self.config.divergence, torch.ones_like(weight))
-        scale, share = (weight, torch.ones_like(weight)) if self.config.mean == "none" else (1.0, one / weight)
-        found.values = scale * found.values
+        share = torch.ones_like(weight) if self.config.mean == "none" else one / weight
+        if self.config.mean == "none":
+            found.values = weight * found.values
         if self.config.gan_weight:
             found.values = found.values + share * self.student_term(ctx, batch, sample)
         if self.config.mean == "step":

@@ -67,7 +67,8 @@ def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> lis
     empty).
 
     Raises UserError for an unknown name in ``only`` and for overrides that a recipe does not take."""
-    groups = {row["name"]: row["group"] for row in list_methods()}
+    makers = [row for row in list_methods() if "student" in row.get("roles", ["student"])]  # no preference models
+    groups = {row["name"]: row["group"] for row in makers}
     sources = {name.partition("/")[2]: name for name in builtin_recipes() if name.startswith("tiny/")}
     entries = [Entry("base", "base", note=MODEL)]
     for name, source in {"shuffled": DPO, "sft": "tiny/sft", **sources}.items():
@@ -77,8 +78,8 @@ def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> lis
         else:
             given, entry = [], Entry(name, "method")
         recipe = load_recipe(source, given)
-        if recipe.model.path != MODEL:
-            continue  # of another base, such as tiny/sdxl-dpo
+        if recipe.model.path != MODEL or recipe.method.name not in groups:
+            continue  # of another base, such as tiny/sdxl-dpo, or no maker of pictures
         entry.method = recipe.method.name
         entry.group = groups.get(entry.method, "")
         changed = overrides and (entry.kind == "method" if not only else is_asked(entry, only))

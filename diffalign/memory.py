@@ -11,12 +11,15 @@ import torch
 from torch import nn
 
 from .data.encode import PROMPT_BATCH
+from .denoiser import Denoiser
+from .eval.scorers import parse_scorers
 from .families import Model
 from .families.quantise import weight_bytes
-from .methods.base import Method
+from .methods.base import Method, Phase
 from .recipe import Recipe
 from .roles import BASE, Roles
-from .simulate import META, Shapes, Usage, simulate_forward, simulate_phase
+from .rollouts.cost import RoundCost, round_cost
+from .simulate import META, Shapes, Usage, empty_batch, simulate_forward, simulate_phase
 from .trainer import plan_slots
 
 CONTEXT = 600_000_000  # what CUDA and its libraries take of a card (assumed)
@@ -32,6 +35,7 @@ class Memory:
     work (``flops``) in a training step of each phase, all repeats together. ``flops`` is one training step's work on
     this process, ``calls`` the samples that it sends through the U-Net by role. ``whole`` is False where the method's
     loss could not be simulated as it is.
+    ``round`` is what the samples of an online method take in a step of this process.
     """
 
     parts: dict[str, int]
@@ -42,6 +46,7 @@ class Memory:
     flops: float
     calls: dict[str, int]
     whole: bool
+    round: RoundCost | None = None
 
     def json(self) -> dict[str, Any]:
         """Plain data."""
@@ -126,7 +131,7 @@ def estimate(
     micro = min(recipe.train.micro_batch or share, share)
     slots = plan_slots(method)
     used: dict[str, Usage] = {}
-    known: dict[object, tuple[int, float, int]] = {}
+    known: dict[Any, tuple[int, float, int]] = {}
     for slot in slots:
         if slot.phase.name not in used:
             used[slot.phase.name] = simulate_phase(
@@ -149,6 +154,15 @@ def estimate(
         name: {"activations": usage.peak, "flops": repeats[name] * usage.flops * share / micro}
         for name, usage in used.items()
     }
+    cost = round_of(method, slots[0].phase, shapes, model.denoiser(), share) if method.online else None
+    if cost is not None:
+        name, counted = slots[0].phase.name, Counter(cost.sampled) + Counter(cost.trained)
+        calls = Counter({role: count * micro / share for role, count in counted.items()})  # type: ignore[assignment]
+        once = max((flops / rows / (1 if key[3] else 2) for key, (rows, flops, _) in known.items()), default=0.0)
+        updates = used[name].flops / micro * cost.items * method.repeats(slots[0].phase)
+        updates /= method.parts(slots[0].phase)
+        phases[name]["flops"] = updates + once * sum(cost.sampled.values())
+        parts["samples of a round"] = cost.bytes
     if recipe.model.offload and roles.lora is None and BASE in roles.networks:
         step += weight_bytes(roles.networks[BASE], dtype)  # on the device while it is called
     if recipe.train.parallel == "fsdp":
@@ -169,9 +183,20 @@ def estimate(
         activities,
         max(activities.values()),
         sum(phase["flops"] for phase in phases.values()),
-        {role: count * share // micro for role, count in calls.items()},
+        {role: round(count * share / micro) for role, count in calls.items()},
         all(usage.whole for usage in used.values()),
+        cost,
     )
+
+
+def round_of(method: Method[Any], phase: Phase, shapes: Shapes, denoiser: Denoiser, prompts: int) -> RoundCost:
+    """What the samples of a step take."""
+    with torch.device(META):
+        prompt, uncond = empty_batch(method, phase, shapes, 1), shapes.cond(1)
+        if not prompt.latents:
+            prompt.latents = {"": torch.empty(1, *shapes.latents)}
+    names = list(parse_scorers(method.rewards())) if method.needs.reward else []
+    return round_cost(method, phase, denoiser, prompt, uncond, names).times(prompts)
 
 
 def _largest_block(roles: Roles) -> int:

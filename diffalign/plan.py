@@ -78,6 +78,7 @@ class Plan:
     device: str
     calls: dict[str, float]
     calls_per_step: float
+    round: str
     cache_bytes: int
     cache_missing_bytes: int
     cache_free: int
@@ -114,6 +115,8 @@ class Plan:
         table.add_row("compute", f"{self.device}, {self.precision}")
         by_role = ", ".join(f"{role} {count:g}" for role, count in self.calls.items())
         table.add_row("U-Net", f"{self.calls_per_step:g} forward images a step: {by_role}")
+        if self.round:
+            table.add_row("a round", self.round)
         table.add_row("cache", f"{size(self.cache_bytes)} ({size(self.cache_missing_bytes)} to write)")
         table.add_row("free disk", size(self.cache_free))
         table.add_row("checkpoint", size(self.checkpoint_bytes))
@@ -243,6 +246,7 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
         device=f"a card of {size(card)}" if card else str(device),
         calls={role: count * batch / share for role, count in memory.calls.items()},
         calls_per_step=sum(memory.calls.values()) * batch / share,
+        round=memory.round.summary() if memory.round else "",
         cache_bytes=disk.bytes,
         cache_missing_bytes=disk.missing_bytes,
         cache_free=disk.free,

@@ -31,7 +31,7 @@ from .data.rowtable import Rows, Stream
 from .data.scores import check_scorer, score_rows, within_gap
 from .data.source import Source, split_heldout
 from .errors import UserError, nearest
-from .facts import recorded
+from .facts import SamplingRecord, recorded
 from .families import Model, load_model, pick_device, pick_dtype
 from .families.quantise import check_quantize
 from .methods import make_method
@@ -301,6 +301,31 @@ def check_students(method: Method[Any], recipe: Recipe, model: Model) -> None:
                 f"method '{recipe.method.name}' trains {record.steps} steps, but the student '{lora.path}' was made "
                 f"for {made.summary()}; give the method its timesteps"
             )
+    if method.online:
+        check_sampled(recipe, model, record)
+
+
+MANY_STEP = ("PNDMScheduler", "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+
+
+def check_sampled(recipe: Recipe, model: Model, record: SamplingRecord | None) -> None:
+    """That an online method samples its model as that was made to be: ``record`` is the method's few-step sampler.
+
+    Raises UserError for a few-step student that would be sampled in many steps, and the reverse."""
+    places = [recipe.model.path, *(lora.path for lora in recipe.model.loras), recipe.model.start]
+    found = {place: made for place in places if place is not None and (made := recorded(place)) is not None}
+    if record is None:
+        for place, made in found.items():
+            raise UserError(
+                f"method '{recipe.method.name}' samples in many steps, but the student '{place}' was made for "
+                f"{made.summary()}; set method.timesteps to its times and method.guidance=1"
+            )
+    elif not found and model.scheduler_config.get("_class_name") in MANY_STEP:
+        raise UserError(
+            f"method.timesteps samples in {record.steps} steps, but '{recipe.model.path}' is a many-step model "
+            f"({model.scheduler_config['_class_name']}); give a few-step student by model.loras or model.start, or "
+            "leave method.timesteps out and set method.steps"
+        )
 
 
 def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, int], None] | None = None) -> Parts:

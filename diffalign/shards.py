@@ -42,6 +42,7 @@ def check_parallel(recipe: Recipe, method: Method[Any], world: int = 0) -> None:
             f"method '{recipe.method.name}'",
             "it trains more roles; set train.parallel=ddp",
         ),
+        (method.online, f"method '{recipe.method.name}'", "it samples while it trains; set train.parallel=ddp"),
         (model.quantize != "none", f"model.quantize={model.quantize}", "set model.quantize=none"),
         (model.compile, "model.compile=true", "set model.compile=false"),
         (model.offload, "model.offload=true", "set model.offload=false"),

@@ -33,7 +33,7 @@ from .roles import BASE, Roles
 
 META = torch.device("meta")
 LATENTS = {"pair": ("chosen", "rejected"), "image": ("image",), "rated": ("image",), "prompt": ()}
-Known = dict[object, tuple[int, float, int]]
+Known = dict[Any, tuple[int, float, int]]
 fused_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
@@ -254,6 +254,9 @@ class _Context(Context):
         count = len(batch.ids)
         return [_Middle((i + 1) / (count + 1)) for i in range(count)]
 
+    def noise(self, tag: str, names: Sequence[str], visits: Sequence[int], shape: Sequence[int]) -> Tensor:
+        return torch.empty(len(names), *shape, device=META)
+
     def model(
         self, role: str, x_t: Tensor, t: Tensor, cond: Cond, guidance: float = 1.0, uncond: Cond | None = None
     ) -> Tensor:
@@ -358,13 +361,18 @@ def simulate_phase(
             ctx.modes, ctx.calls, ctx.known = modes, calls, {} if known is None else known
             ctx.decoder = decoder
             ctx.rewards = dict.fromkeys(parse_scorers(method.rewards()), _reward) if method.needs.reward else {}
-            batch = _batch(method, phase, shapes, rows)
+            batch = empty_batch(method, phase, shapes, rows)
             ctx.live = live = Live(spare)
+            sums: dict[str, Tensor] = {}
             try:
                 whole = True
                 with live:
+                    if method.online:  # samples leave their items; what making them takes is counted apart
+                        batch, sums = _items(method, ctx, batch, rows)
+                        live.flops = 0.0
+                        calls.clear()
                     with torch.no_grad():
-                        ctx.stats = method.statistics(ctx, batch)
+                        ctx.stats = sums | method.statistics(ctx, batch)
                     loss = method.loss(ctx, batch, phase)
                     total = (loss.values * loss.weights).sum()
             except (RuntimeError, NotImplementedError):  # a loss that looks at numbers
@@ -384,6 +392,13 @@ def simulate_phase(
     return Usage(held, live.peak, live.flops, made, whole)
 
 
+def _items(method: Method[Any], ctx: Context, prompts: Batch, rows: int) -> tuple[Batch, dict[str, Tensor]]:
+    """A micro-batch of what an online method samples, and the sums of its round."""
+    with torch.no_grad(), torch.device("cpu"):
+        found = method.collect(ctx, prompts)
+    return found.take([i % len(found) for i in range(rows)]), dict(found.stats)
+
+
 def _reward(images: Tensor, prompts: Sequence[str], t: Tensor | None = None) -> Tensor:
     """In the place of a scorer, whose weights are not here."""
     return images.mean((1, 2, 3))
@@ -396,7 +411,7 @@ def picture_names(method: Method[Any], shapes: Shapes) -> tuple[str, ...]:
     return LATENTS[method.needs.batch]
 
 
-def _batch(method: Method[Any], phase: Phase, shapes: Shapes, rows: int) -> Batch:
+def empty_batch(method: Method[Any], phase: Phase, shapes: Shapes, rows: int) -> Batch:
     """A micro-batch of nothing; its ids would say a teacher's noise, which some methods make anew of them."""
     names = picture_names(method, shapes)
     scores = [f"score_{k}" for k in range(len(names))] if method.needs.batch == "ranked" else []

@@ -229,7 +229,8 @@ class Trainer:
 
     def collect(self, prompts: Iterable[Batch]) -> None:
         """A round's samples, of all micro-batches of prompts, and their sums over processes."""
-        self.ctx.repeat, self.round, sums = 0, [], {}
+        self.ctx.repeat, self.round = 0, []
+        sums: dict[str, Tensor] = {}
         with torch.no_grad():
             for batch in prompts:
                 found = self.method.collect(self.ctx, batch.to(self.ctx.device))

@@ -50,9 +50,9 @@ def heldout_metrics(trainer: Trainer, heldout: Source, recipe: ValidateRecipe) -
             for part in parts if padding else ():
                 part.weight.zero_()
             parts += trainer.padding(heldout, cuts, ((share, [draw] * len(share)) for share in shares))
-            parts = trainer.placed(parts)
-            ctx.stats = trainer.statistics(parts)
-            for batch in (part.to(ctx.device) for part in parts):
+            placed = trainer.placed(parts)
+            ctx.stats = trainer.statistics(placed)
+            for batch in (part.to(ctx.device) for part in placed):
                 if trainer.method.online:
                     found = trainer.method.collect(ctx, batch)
                     worth = {"loss": -found.metrics["reward"]} if "reward" in found.metrics else {}

@@ -15,7 +15,7 @@ from peft import LoraConfig
 from small import settings, write_pairs
 from tiny import SD_SCHEDULE, tiny_unet
 from torch import Tensor, nn
-from world import Rows, every_method, forward, make_context, make_trainer, warm
+from world import Rows, batch_of, every_method, forward, make_context, make_trainer, warm
 
 from diffalign.data.batch import Cond
 from diffalign.denoiser import Denoiser
@@ -314,9 +314,9 @@ def count_calls(trainer: Trainer, visits: int) -> dict[str, float]:
     calls: Counter[str] = Counter()
     roles = trainer.roles
     networks = {id(n): n for n in roles.networks.values()}.values()
+    sampled = [batch_of(trainer)] * visits if trainer.method.online else []  # what a loss takes: samples come before
     hooks = [n.register_forward_pre_hook(lambda _, a: calls.update({roles.current: len(a[0])})) for n in networks]
-    for visit in range(visits):
-        batch = trainer.source.load([0, 1, 2, 3], [visit] * 4)
+    for batch in sampled or (trainer.source.load([0, 1, 2, 3], [visit] * 4) for visit in range(visits)):
         with torch.no_grad():
             trainer.ctx.stats = trainer.statistics([batch])
             trainer.method.loss(trainer.ctx, batch, trainer.method.phases[0])

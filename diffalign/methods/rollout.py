@@ -150,6 +150,15 @@ class ScoredRollouts(RolloutMethod[R], Generic[R]):
 
     needs = Needs(batch="prompt", draws=(), reward=True, scores_only=True, decode=True)
 
+    def check(self, denoiser: Denoiser) -> None:
+        config = self.config
+        super().check(denoiser)
+        if config.shared_noise and config.eta == 0 and config.sampler != "renoise":
+            raise UserError(
+                "method.shared_noise with method.eta=0 makes all samples of a prompt the same; set method.eta above 0, "
+                "or method.shared_noise=false"
+            )
+
     def walk(self, ctx: Context, prompts: Batch, role: str = "student") -> Walk:
         """Samples of a round at their start."""
         config = self.config

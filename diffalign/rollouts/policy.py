@@ -88,8 +88,8 @@ class Policy:
 
     def stds(self, denoiser: Denoiser) -> Tensor:
         """Standard deviation of each step, fp32 (K,) on the CPU."""
-        zeros = torch.zeros(len(self), 1, 1, 1)
-        t, s = torch.tensor(self.times), torch.tensor(self.ends)
+        zeros = torch.zeros(len(self), 1, 1, 1, device="cpu")
+        t, s = torch.tensor(self.times, device="cpu"), torch.tensor(self.ends, device="cpu")
         return self.step(denoiser, zeros, zeros, t, s).std.flatten()
 
     def trainable(self, denoiser: Denoiser) -> list[int]:

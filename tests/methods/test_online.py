@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,13 +21,15 @@ from diffalign.data.batch import Cond
 from diffalign.data.source import Source
 from diffalign.denoiser import Denoiser
 from diffalign.errors import UserError
+from diffalign.facts import Facts, student_record
 from diffalign.methods import make_method
 from diffalign.methods.base import Method
 from diffalign.methods.online.d3po import dominance
 from diffalign.methods.online.grpo import step_kl
 from diffalign.methods.policy_gradient import group_moments, ppo_loss, standardised
 from diffalign.methods.rollout import clipped_pair_loss, pair_bounds
-from diffalign.recipe import ValidateRecipe
+from diffalign.recipe import ValidateRecipe, load_recipe
+from diffalign.setup import check_students
 from diffalign.trainer import Trainer
 from diffalign.validate import heldout_metrics
 
@@ -246,8 +250,10 @@ def seen(trainer: Trainer) -> Tensor:
 @pytest.mark.parametrize("name", LIKELIHOOD)
 def test_the_reward_goes_up(name: str) -> None:
     """On the same noise before and after, so that nothing but the weights tells."""
-    options: dict[str, Any] = {"clip": 0.1, "members": 4} if name != "d3po" else {"beta": 10.0, "clip": None, "members": 4}
-    trainer = trainer_of(name, train={"lr": 3e-3, "batch": 8, "weight_decay": 0.0}, shared_noise=True, **options)
+    options = {"clip": 0.1} if name != "d3po" else {"beta": 10.0, "clip": None}
+    trainer = trainer_of(
+        name, train={"lr": 3e-3, "batch": 8, "weight_decay": 0.0}, shared_noise=True, members=4, **options
+    )
     start = seen(trainer)
     warm(trainer, 7)
     assert float((seen(trainer) - start).mean()) > 5e-4
@@ -278,6 +284,20 @@ def test_samplers_that_do_not_go(what: str) -> None:
         with pytest.raises(UserError, match=expected) as caught:
             method(name, **options).check(SD)
         assert "\n" not in str(caught.value)
+
+
+def test_a_few_step_student_in_many_steps_and_the_reverse(tmp_path: Path) -> None:
+    record = student_record(SD_SCHEDULE, [999, 749, 499, 249])
+    (tmp_path / "diffalign.json").write_text(Facts(sampling=record).text())
+    base = SimpleNamespace(scheduler_config={**SD_SCHEDULE, "_class_name": "PNDMScheduler"})
+    student, few = f"model.loras=[{{path: {tmp_path}}}]", {"timesteps": [999, 749, 499, 249], "sampler": "renoise"}
+    with pytest.raises(UserError, match=r"samples in many steps, but the student .* set method.timesteps") as caught:
+        check_students(method(), load_recipe("tiny/ddpo", [student]), base)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"in 4 steps, but 'tiny-sd' is a many-step model \(PNDMScheduler\)") as other:
+        check_students(method(**few), load_recipe("tiny/ddpo"), base)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value) + str(other.value)
+    check_students(method(**few), load_recipe("tiny/ddpo", [student]), base)  # type: ignore[arg-type]
+    check_students(method(), load_recipe("tiny/ddpo"), base)  # type: ignore[arg-type]
 
 
 def test_a_group_of_one_is_refused() -> None:

@@ -118,7 +118,7 @@ def test_rows_are_found() -> None:
     assert "spm" not in entries and known <= {entry.method for entry in entries.values()}
     assert all(entry.recipe or "no tiny recipe" in entry.note or entry.kind == "base" for entry in entries.values())
     with pytest.raises(UserError, match="did you mean 'dpo'"):
-        find_entries((), ("dop",))
+        find_entries((), ("dpoo",))
     assert methods.trained_on(dpo) == ("tiny-pickscore",) == methods.trained_on(entries["smpo"].recipe)
     assert methods.trained_on(entries["capo"].recipe) == ("tiny-pickscore", "tiny-hps")
     assert not is_asked(entries["sft"], ["preference"]) and is_asked(entries["dpo"], ["preference"])

@@ -124,9 +124,10 @@ def test_rated_pictures_and_their_labels(tmp_path: Path, model: Model) -> None:
 def test_pairs_are_two_rated_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool) -> None:
     monkeypatch.setattr(rowfile, "KEEP_FROM", 1)
     data = with_columns(tmp_path / "pairs", {}, {"rejected_prompt": "another"}, {"tie": True})
-    pairs, _ = read_rows(recipe(data, tmp_path, ties="keep"), "pair")
-    for _ in range(2):  # read, then mapped
+    pairs, _ = read_rows(recipe(data, tmp_path / "apart", ties="keep"), "pair")
+    for mapped in (False, True):
         rows, _ = read_rows(recipe(data, tmp_path, ties="keep", streaming=streaming), "rated")
+        assert isinstance(rows, Stream) == (streaming and not mapped)
         rows = rows.gather() if isinstance(rows, Stream) else rows
         assert isinstance(rows, RatedRows) and sorted(rows.ids) == sorted(p.id + s for p in pairs[:2] for s in "+-")
         assert set(rows.groups) == {p.id for p in pairs[:2]}, "both pictures of a pair are held out together"

@@ -85,6 +85,9 @@ def test_heldout_rows_are_apart_and_stay_when_rows_are_added() -> None:
     assert split_heldout(ids, 90, 0)[1].__len__() == 25  # at most a quarter
     assert split_heldout(ids, 20, 1)[1] != held
     assert split_heldout(ids, 0, 0)[1] == []
+    twins = [name for name in ids for _ in range(2)]  # as the two rated pictures of each pair
+    held = split_heldout(twins, 5, 0)[1]
+    assert len(held) == 6 and held[::2] == [row - 1 for row in held[1::2]], "an odd count parts no pair"
 
 
 def test_learning_rate_schedules() -> None:

@@ -66,6 +66,8 @@ def read_rows(recipe: DataRecipe, kind: str, progress: Progress | None = None) -
         reading = openers.get(stored, open_prompts)(recipe, progress, table)
         if recipe.streaming:
             rows = _empty(kind, recipe, table)
+            if isinstance(rows, RatedRows):
+                rows.of_pairs = stored != kind
             passing = PARTS[kind][1](reading.rows, recipe, reading.report) if stored != kind else reading.rows
             kept = RowFile(recipe, table, ROWS[kind])
             return Stream(passing, rows, lambda done: kept.save(done, reading.report)), reading.report

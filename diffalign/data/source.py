@@ -161,11 +161,13 @@ def in_runs(order: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def split_heldout(ids: Sequence[str], count: int, seed: int) -> tuple[np.ndarray, list[int]]:
-    """(training, held-out) positions: the ``count`` ids with the smallest keyed number are held out.
+    """(training, held-out) positions: the ``count`` ids with the smallest keyed number are held out, and the other rows
+    of the last one's id with it.
 
-    At most a quarter of the rows is taken, so that tiny data still trains."""
+    At most a quarter of the rows is asked for, so that tiny data still trains."""
     count = min(count, len(ids) // 4)
-    held = np.argsort(keyed.uniforms(ids, seed, "heldout"), kind="stable")[:count] if count else np.zeros(0, np.int64)
-    training = np.ones(len(ids), bool)
-    training[held] = False
-    return np.flatnonzero(training), sorted(held.tolist())
+    if not count:
+        return np.arange(len(ids)), []
+    numbers = keyed.uniforms(ids, seed, "heldout")
+    held = numbers <= np.partition(numbers, count - 1)[count - 1]
+    return np.flatnonzero(~held), np.flatnonzero(held).tolist()

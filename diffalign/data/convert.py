@@ -281,7 +281,7 @@ class Work:
             note = json.loads((self.target / REPORT).read_text(encoding="utf-8"))
             if note["settings"] != self.settings:
                 raise ValueError("another conversion")
-            counts = {name: note[name] for name in ("rows", "usable", "available")}
+            counts = {name: note[name] for name in ("rows", "usable", "available", "ties_kept")}
             bad = [BadRow(row["place"], row["reason"], row["detail"]) for row in note["bad"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"'{self.target}' exists already; delete it, or name another place") from error
@@ -311,7 +311,7 @@ class Work:
             if len(journal) != note["kept"] * ENTRY.size:
                 raise ValueError("a part is missing")
             skipped = (self.partial / FLAWS).read_bytes()[: note["skipped"]].splitlines()
-            bad = [BadRow(**json.loads(line)) for line in skipped]
+            bad, ties = [BadRow(**json.loads(line)) for line in skipped], int(note["ties"])
         except (OSError, ValueError, KeyError, TypeError):
             for path in self.partial.iterdir():
                 if path.name != LOCK:
@@ -320,7 +320,7 @@ class Work:
             (self.partial / FLAWS).touch()
         else:
             self.next, self.kept, state = note["next"], note["kept"], note["writer"]
-            self.saved = self.kept
+            self.saved, self.report.ties_kept = self.kept, ties
             self.report.bad = bad
             self.filters.restore(journal)
             for name, size in ((KEYS, len(journal)), (FLAWS, note["skipped"])):
@@ -393,6 +393,7 @@ class Work:
         row = self.columns.make(draft, looks, self.recipe, self.filters, self.names)
         if isinstance(row, BadRow):
             return row
+        self.report.ties_kept += self.columns.ties(row)
         places = [ref.name for ref in draft.refs]
         order = [places.index(ref.name) for ref in row.images.values()]
         turned = order[0] > 0
@@ -413,6 +414,7 @@ class Work:
             "settings": self.settings,
             "next": upto,
             "kept": self.kept,
+            "ties": self.report.ties_kept,
             "skipped": (self.partial / FLAWS).stat().st_size,
             "writer": state,
         }

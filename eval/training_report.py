@@ -28,8 +28,11 @@ class Training:
 
     @property
     def method(self) -> dict[str, object]:
-        """The recipe's method: its name and settings; empty where they are not known."""
-        recipe = yaml.safe_load(self.recipe or "")
+        """The recipe's method: its name and settings; empty where they are not known, as in a damaged file."""
+        try:
+            recipe = yaml.safe_load(self.recipe or "")
+        except yaml.YAMLError:
+            return {}
         found = recipe.get("method") if isinstance(recipe, dict) else None
         return found if isinstance(found, dict) else {}
 

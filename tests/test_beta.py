@@ -13,6 +13,7 @@ from small import settings, write_pairs
 from diffalign.beta import WINNER_WORSE, _logits, _scales, _untied, refusal, suggest_beta
 from diffalign.errors import UserError
 from diffalign.eval.health import SUGGESTED, health
+from diffalign.eval.training_report import Training
 from diffalign.methods import make_method
 from diffalign.methods.pair import PairErrors
 from diffalign.recipe import load_recipe
@@ -86,6 +87,8 @@ def test_advice_names_the_probe_where_it_is_taken() -> None:
     advice = {name: health(overfull, {"name": name, "beta": 1.0}).advice for name in ("dpo", "kto")}
     assert advice == {"dpo": "lower method.beta (`--suggest-beta` names one)", "kto": "lower method.beta"}
     assert health(overfull, {"name": "plain"}).advice == "lower train.lr"
+    assert Training(recipe="method: {name: dpo}").method == {"name": "dpo"}
+    assert Training(recipe="method: [").method == {}, "a damaged file is no reason for a report to fail"
 
 
 def test_the_command(tiny_model_folder: Path, tmp_path: Path) -> None:

@@ -332,11 +332,14 @@ def test_bad_input_is_one_line(
     model = write_tiny_model(tmp_path / "sd")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a cat"}\n')
+    torn = Path(shutil.copytree(blip, tmp_path / "torn"))
+    (torn / "model.safetensors").write_bytes((blip / "model.safetensors").read_bytes()[:99])
     for options, said in (
         ({"strategy": "caption"}, "needs an image-to-text model: --captioner"),
         ({"strategy": "perturb", "captioner": str(blip)}, "looks at no picture"),
         ({"strategy": "caption", "captioner": "nobody/such-model"}, "captioner 'nobody/such-model' cannot be loaded"),
         ({"strategy": "caption", "captioner": str(model / "text_encoder")}, "give the folder or hub id of an image-to"),
+        ({"strategy": "caption", "captioner": str(torn)}, "give the folder or hub id of an image-to"),
         ({"perturber": str(model / "unet")}, "'rules'"),
         ({"level": "stronk"}, "unknown level 'stronk'; did you mean 'strong'?"),
     ):

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from jinja2 import TemplateError
 from PIL import Image
+from safetensors import SafetensorError
 
 from ..errors import RunError, UserError, one_line
 from ..sentences import sentences
@@ -201,7 +202,9 @@ def _loaded(kind: Any, name: str, what: str, wanted: str, dtype: torch.dtype | N
     logging.disable_progress_bar()
     try:
         return kind.from_pretrained(name, **({} if dtype is None else {"dtype": dtype}))
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (
+        OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, SafetensorError,
+    ) as error:  # fmt: skip
         raise UserError(f"{what} cannot be loaded; give the folder or hub id of {wanted} ({_reason(error)})") from error
     finally:
         if shown:

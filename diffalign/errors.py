@@ -42,7 +42,8 @@ def one_line(text: str) -> str:
 def nearest(name: str, options: Iterable[str]) -> str:
     """A hint ``; did you mean 'x'?`` for the closest of ``options``, or the options themselves when none is close."""
     known = sorted(options)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    swapped = [option for option in known if sorted(option) == sorted(name)]  # letters in another order come first
+    close = swapped or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"; did you mean '{close[0]}'?"
     shown = ", ".join(known[:12]) + (", ..." if len(known) > 12 else "")

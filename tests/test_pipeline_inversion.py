@@ -71,6 +71,17 @@ def test_as_a_custom_pipeline(drawn: tuple[list[Image.Image], list[str]]) -> Non
     assert loaded.invert(*drawn, num_inference_steps=2).shape == (2, 4, 8, 8)
 
 
+def test_sdxl_comes_back(drawn: tuple[list[Image.Image], list[str]]) -> None:
+    """With its two encoders, pooled texts and sizes; under guidance a batch is its pictures alone."""
+    pipe = InversionPipeline.from_pretrained(ROOT / "tiny-sdxl")
+    assert float(pipe(*drawn, num_inference_steps=12).latent_error.max()) < 0.2
+    options = {"num_inference_steps": 2, "guidance_scale": 2.0}
+    together = pipe.invert(*drawn, **options)
+    alone = [pipe.invert(image, prompt, **options) for image, prompt in zip(*drawn, strict=True)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    assert float((pipe.invert(drawn[0], "a blue cross", **options) - together).abs().max()) > 1e-3
+
+
 def test_wrong_calls_say_what_is_wrong(pipe: InversionPipeline, drawn: tuple[list[Image.Image], list[str]]) -> None:
     with pytest.raises(UserError, match="2 pictures but 1 prompts"):
         pipe.invert(drawn[0], ["a red circle"])

@@ -55,7 +55,8 @@ class SamplingRecord(BaseModel):
     @property
     def deterministic(self) -> bool:
         """Whether a step adds no new noise."""
-        return self.scheduler not in RENOISING and self.eta == 0
+        noisy = self.scheduler in RENOISING or str(self.config.get("algorithm_type", "")).startswith("sde-")
+        return not noisy and self.eta == 0
 
     def scheduler_config(self) -> Json:
         """The contents of a scheduler_config.json."""
@@ -126,22 +127,29 @@ SCHEDULE = (
 
 
 def student_record(
-    scheduler: Mapping[str, Any], timesteps: Sequence[int], *, renoise: bool = True, scale: float = 1.0
+    scheduler: Mapping[str, Any],
+    timesteps: Sequence[int],
+    *,
+    renoise: bool = True,
+    scale: float = 1.0,
+    ancestral: bool = False,
 ) -> SamplingRecord:
     """How plain diffusers samples a guidance-free student at exactly ``timesteps``, from its base's scheduler config.
 
     ``renoise``: x0 and new noise at every step (LCMScheduler; its boundary scalings are below 1e-5 from t = 20 on);
     else deterministic DDIM steps that end on x0 itself, which is DPMSolver++ of first order, as DDIMScheduler takes no
-    times. Where the times are evenly spaced from the last one down, their number alone gives them too.
+    times. ``ancestral``, in the place of both: DDIM steps of eta = 1, which are Euler-ancestral's, and DPMSolver++'s as
+    an SDE of first order. Where the times are evenly spaced from the last one down, their number alone gives them too.
 
     Raises UserError for times that do not fall or lie outside the schedule."""
     config: Json = {key: scheduler[key] for key in SCHEDULE if scheduler.get(key) is not None}
-    if renoise:
+    if renoise and not ancestral:
         name = "LCMScheduler"
         config |= {"original_inference_steps": config.get("num_train_timesteps", 1000), "clip_sample": False}
     else:
         name = "DPMSolverMultistepScheduler"
-        config |= {"algorithm_type": "dpmsolver++", "solver_order": 1, "final_sigmas_type": "zero"}
+        solver = "sde-dpmsolver++" if ancestral else "dpmsolver++"
+        config |= {"algorithm_type": solver, "solver_order": 1, "final_sigmas_type": "zero"}
     config |= {"timestep_spacing": "trailing", "steps_offset": 1}  # 1, as pipelines of SD1.x want to see it
     try:
         return SamplingRecord(

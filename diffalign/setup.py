@@ -311,7 +311,8 @@ MANY_STEP = ("PNDMScheduler", "DDIMScheduler", "DDPMScheduler", "EulerDiscreteSc
 def check_sampled(recipe: Recipe, model: Model, record: SamplingRecord | None) -> None:
     """That an online method samples its model as that was made to be: ``record`` is the method's few-step sampler.
 
-    Raises UserError for a few-step student that would be sampled in many steps, and the reverse."""
+    Raises UserError for a few-step student that would be sampled in many steps, and the reverse, and for guidance of a
+    student that takes none."""
     places = [recipe.model.path, *(lora.path for lora in recipe.model.loras), recipe.model.start]
     found = {place: made for place in places if place is not None and (made := recorded(place)) is not None}
     if record is None:
@@ -326,6 +327,12 @@ def check_sampled(recipe: Recipe, model: Model, record: SamplingRecord | None) -
             f"({model.scheduler_config['_class_name']}); give a few-step student by model.loras or model.start, or "
             "leave method.timesteps out and set method.steps"
         )
+    for place, made in found.items():
+        if record is not None and record.guided and not made.guided:
+            raise UserError(
+                f"method.guidance={record.guidance:g} guides the student '{place}', which takes no guidance; set "
+                "method.guidance=1"
+            )
 
 
 def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, int], None] | None = None) -> Parts:

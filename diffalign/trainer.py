@@ -92,6 +92,7 @@ class Trainer:
         self.streak = torch.zeros((), device=ctx.device)  # in a row: fp16's scaler probes a few times by itself
         self.round: list[tuple[Rollouts, list[int]]] = []  # samples of online methods, and which items have weight
         self.round_stats: dict[str, Tensor] = {}
+        self.round_share = 0, 1  # items of all processes that have weight, and that were made
         self.memory: dict[str, dict[str, Tensor]] = {}  # what `Method.remember` keeps, by phase
         self.waited = 0.0
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
@@ -211,15 +212,20 @@ class Trainer:
             scaler.update()
 
     def rolled(self, slot: Slot, prompts: Collection[Batch]) -> Collection[Batch]:
-        """The items of this update, in micro-batches; the first update of a round has them sampled (`rollouts`)."""
+        """The items of this update, in micro-batches; the first update of a round has them sampled (`rollouts`).
+
+        A pass over a round that keeps a share of its items has that share of the updates, of the usual size: the others
+        are idle. Spread over all of them, updates of a few items would move the weights as far as full ones."""
         if slot.first:
             self.collect(prompts)
         self.ctx.repeat = slot.repeat
         count = self.method.parts(slot.phase)
         epoch, part = divmod(slot.repeat, count)
+        kept_of_all, made = self.round_share
+        count = max(-(-count * kept_of_all // made), 1)
         cuts: list[tuple[Rollouts, list[int]]] = []
         for rollouts, kept in self.round:
-            mine = deal(rollouts, kept, count, self.ctx.seed, slot.phase.name, epoch)[part]
+            mine = deal(rollouts, kept, count, self.ctx.seed, slot.phase.name, epoch)[part] if part < count else []
             cuts += [(rollouts, mine[start : start + self.micro]) for start in range(0, len(mine), self.micro)]
         if cuts:
             return Items(cuts)
@@ -240,7 +246,10 @@ class Trainer:
                     self.meter.add(name, (value.float() * weight).sum(), weight.sum())
                 for name, value in found.stats.items():
                     sums[name] = sums[name] + value if name in sums else value
-        empty = torch.tensor(float(not any(kept for _, kept in self.round)), device="cpu").to(self.ctx.device)
+        counts = sum(len(kept) for _, kept in self.round), sum(found.made() for found, _ in self.round)
+        kept_of_all, made = self.reduce(torch.tensor(counts, device=self.ctx.device)).tolist()
+        self.round_share = kept_of_all, max(made, 1)
+        empty = torch.tensor(float(not kept_of_all), device="cpu").to(self.ctx.device)
         self.meter.add("rounds_empty", empty, torch.ones_like(empty))
         self.round_stats = {name: self.reduce(value) for name, value in sums.items()}
 

@@ -118,6 +118,11 @@ class RolloutMethod(Method[S], Generic[S]):
             )
         if config.timesteps and config.timesteps[0] >= denoiser.num_timesteps:
             raise UserError(f"method.timesteps: {config.timesteps[0]} is beyond the model's schedule")
+        if config.timesteps and config.sampler == "ddim" and config.eta not in (0, 1):
+            raise UserError(
+                f"method.eta={config.eta:g} with method.timesteps: no sampler of diffusers takes both; set method.eta=1"
+                + ("" if self.likelihood else " or 0")
+            )
         if not self.trained_steps(denoiser):
             raise UserError(
                 "no step of this sampler has a likelihood to train by: a student's last step adds no noise; give "
@@ -129,7 +134,9 @@ class RolloutMethod(Method[S], Generic[S]):
         config = self.config
         if not config.timesteps:
             return None
-        return student_record(scheduler, config.timesteps, renoise=config.sampler == "renoise" or config.eta > 0)
+        renoise = config.sampler == "renoise"
+        found = student_record(scheduler, config.timesteps, renoise=renoise, ancestral=not renoise and config.eta > 0)
+        return found.model_copy(update={"guidance": max(config.guidance, 1.0)})
 
     def replay(self, ctx: Context, role: str, x_t: Tensor, batch: Batch) -> Step:
         """The Gaussian that ``role`` would step by from ``x_t`` at the items' own times; ``x_t`` (n B, C, h, w) may
@@ -181,10 +188,14 @@ class ScoredRollouts(RolloutMethod[R], Generic[R]):
             found.append(torch.stack([ctx.reward(name, images, prompts).float() for name in names], 1))
         return torch.cat(found)
 
+    def weighted(self, scores: Tensor) -> Tensor:
+        """The scorers' scores (N, R) times their weights."""
+        weights = self.config.reward_weights
+        return scores * torch.tensor(weights, device=scores.device) if weights else scores
+
     def total(self, scores: Tensor) -> Tensor:
         """One reward (N,) of the scorers' (N, R)."""
-        weights = self.config.reward_weights
-        return scores.sum(1) if not weights else scores @ torch.tensor(weights, device=scores.device)
+        return self.weighted(scores).sum(1)
 
 
 def clipped_pair_loss(

@@ -58,6 +58,11 @@ class Rollouts:
         rows = torch.tensor(self.row, device=self.weight.device)
         return torch.nonzero(self.weight * self.prompts.weight[rows]).flatten().tolist()
 
+    def made(self) -> int:
+        """How many items there are of prompts that have weight, whether they are kept or not. Waits for the device."""
+        real = (self.prompts.weight > 0).tolist()
+        return sum(real[row] for row in self.row)
+
     @property
     def bytes(self) -> int:
         """What the items take of the memory."""
@@ -68,15 +73,17 @@ class Rollouts:
 def deal(rollouts: Rollouts, kept: Sequence[int], parts: int, seed: int, phase: str, epoch: int) -> list[list[int]]:
     """Positions of the items of each of ``parts`` updates.
 
-    The items of a prompt are shuffled by a key of its own and dealt evenly, so that which update trains what depends on
-    neither the other prompts, nor micro-batches, nor processes."""
+    The items of a prompt are shuffled and dealt evenly by a key of its own, from an update that the key says on (else
+    the first updates would have most), so that which update trains what depends on neither the other prompts, nor
+    micro-batches, nor processes."""
     found: list[list[int]] = [[] for _ in range(parts)]
     by_row: dict[int, list[int]] = {}
     for item in kept:
         by_row.setdefault(rollouts.row[item], []).append(item)
     for row, items in by_row.items():
         name, visit = rollouts.prompts.ids[row], rollouts.prompts.visits[row]
-        order = keyed.permutation(len(items), seed, "deal", visit, phase, epoch, name)
-        for place, chosen in enumerate(order.tolist()):
+        rng = keyed.generator(seed, "deal", visit, phase, epoch, name)
+        first = int(rng.integers(parts))
+        for place, chosen in enumerate(rng.permutation(len(items)).tolist(), first):
             found[place % parts].append(items[chosen])
     return [sorted(items) for items in found]

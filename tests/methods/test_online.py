@@ -174,6 +174,38 @@ def test_a_round_is_sampled_once_and_dealt_to_its_updates() -> None:
     assert int(next(iter(trainer.optimizers["student"].state.values()))["step"]) == 6
 
 
+def test_updates_keep_their_size_where_items_are_left_out() -> None:
+    """Of 64 items in 8 updates a quarter is kept: two updates of about 8, none of one or two items."""
+    trainer = trainer_of(steps=8, share=1.0, updates=8, members=2)
+    loss, collect = trainer.method.loss, trainer.method.collect
+    sizes: list[float] = []
+
+    def thinned(ctx: Any, prompts: Any) -> Any:
+        found = collect(ctx, prompts)
+        found.weight.zero_()
+        for row, kept in enumerate((7, 1, 4, 4)):
+            found.weight[[i for i, r in enumerate(found.row) if r == row][:kept]] = 1
+        return found
+
+    def watched(ctx: Any, batch: Any, phase: Any) -> Any:
+        sizes.append(float(batch.weight.sum()))
+        return loss(ctx, batch, phase)
+
+    trainer.method.collect, trainer.method.loss = thinned, watched  # type: ignore[method-assign]
+    trainer.micro = 100
+    trainer.train_step()
+    assert len(sizes) == 8 and sum(sizes) == 16 and sorted(sizes)[:6] == [0] * 6 and min(sizes[:2]) >= 7
+
+
+def test_a_round_is_empty_where_all_processes_have_nothing() -> None:
+    trainer = trainer_of(reward=lambda images, prompts, t=None: torch.ones(len(images)))
+    trainer.collect([rows_of(trainer)])
+    trainer.reduce = lambda value: value + 5 if value.dtype == torch.int64 else value  # type: ignore[method-assign]
+    assert float(trainer.meter.sums.pop("rounds_empty")[0]) == 1
+    trainer.collect([rows_of(trainer)])  # another process has five items
+    assert float(trainer.meter.sums["rounds_empty"][0]) == 0
+
+
 def counted_of(call: Any) -> Any:
     return lambda self, ctx, prompts: call(ctx, prompts)
 
@@ -273,6 +305,7 @@ REFUSED = {
     "one step": ({"timesteps": [999]}, "no step of this sampler has a likelihood"),
     "beyond": ({"timesteps": [1500, 999]}, "1500 is beyond the model's schedule"),
     "a flow sampler": ({"sampler": "flow"}, "set it to ddim or renoise"),
+    "a share of noise at few times": ({"timesteps": [999, 499], "eta": 0.5}, "no sampler of diffusers takes both"),
     "too many": ({"steps": 2000}, "between 1 and 1000"),
 }
 
@@ -297,6 +330,8 @@ def test_a_few_step_student_in_many_steps_and_the_reverse(tmp_path: Path) -> Non
         check_students(method(**few), load_recipe("tiny/ddpo"), base)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value) + str(other.value)
     check_students(method(**few), load_recipe("tiny/ddpo", [student]), base)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"method.guidance=5 guides the student .* set method.guidance=1"):
+        check_students(method(**few, guidance=5.0), load_recipe("tiny/ddpo", [student]), base)  # type: ignore[arg-type]
     check_students(method(), load_recipe("tiny/ddpo"), base)  # type: ignore[arg-type]
 
 
@@ -330,6 +365,17 @@ def test_scorers_are_summed_by_weight_and_a_picture_is_decoded_once() -> None:
     assert scores.shape == (10, 2) and calls == {"decode": 10, "score": 20}
     weighted = method(reward="tiny-pickscore,tiny-hps", reward_weights=[2.0, -1.0])
     torch.testing.assert_close(weighted.total(scores), 2 * scores[:, 0] - scores[:, 1])  # type: ignore[attr-defined]
+
+
+def test_a_negative_weight_turns_a_verdict() -> None:
+    found, turned = (trainer_of("d3po", reward_weights=[weight]) for weight in (1.0, -1.0))
+    one, other = (items_of(trainer) for trainer in (found, turned))
+    assert torch.equal(one.latents["x_s_won"], other.latents["x_s_lost"]) and float(one.weight.min()) == 1
+
+
+def items_of(trainer: Trainer) -> Any:
+    with torch.no_grad():
+        return trainer.method.collect(trainer.ctx, rows_of(trainer))
 
 
 def test_a_narrow_loss_is_announced() -> None:

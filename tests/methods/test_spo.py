@@ -13,13 +13,16 @@ from torch import Tensor
 from world import Rows, batch_of, make_trainer, rows_of, small_clip, stirred, warm, weights
 
 from diffalign.context import Context
+from diffalign.data.batch import Cond
+from diffalign.data.source import Source
 from diffalign.denoiser import Denoiser
 from diffalign.errors import UserError
 from diffalign.guards import Guards
 from diffalign.methods.online.spo import SPO, SPOConfig, choose, margin_weights, survivors
-from diffalign.recipe import GuardsRecipe
+from diffalign.recipe import GuardsRecipe, ValidateRecipe
 from diffalign.rollouts import Rollouts
 from diffalign.trainer import Trainer
+from diffalign.validate import heldout_metrics
 
 # online sheet, C.1: |a| / std of the 20 leading steps
 WEIGHTS = [0.853, 0.814, 0.778, 0.745, 0.716, 0.689, 0.667, 0.649, 0.635, 0.626]
@@ -236,6 +239,13 @@ def test_a_round_without_a_pair_goes_on_is_counted_and_warned_of() -> None:
     warm(trainer, 1)
     assert not all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))
     assert trainer.meter.read(trainer.reduce)["rounds_empty"] == 0.0
+
+
+def test_held_out_prompts_tell_the_best_step() -> None:
+    trainer = make(Judge(), pool=2)
+    heldout = Source(Rows(4, seed=9, kind="prompt"), range(4), 0, Cond(torch.zeros(1, 5, 16)))  # type: ignore[arg-type]
+    found = heldout_metrics(trainer, heldout, ValidateRecipe(draws=1))
+    assert found["loss"] == -found["reward"] != 0
 
 
 def refused(denoiser: Denoiser, **settings: Any) -> str:

@@ -74,7 +74,7 @@ class D3PO(ScoredRollouts[D3POConfig]):
             for a, b in combinations(range(config.members), 2)
         ]
         first, second = ([pair[place] for pair in pairs] for place in (1, 2))
-        verdict = dominance(scores[first], scores[second])
+        verdict = dominance(*(self.weighted(scores)[side] for side in (first, second)))
         turned = (verdict < 0)[:, None, None, None]
         ids: list[str] = []
         place: list[int] = []

@@ -147,7 +147,7 @@ class SPO(RolloutMethod[SPOConfig]):
                 walk.take([row * pool + place for row, place in enumerate(drawn)])
         metrics = {
             "preference": torch.stack(means).mean(0),
-            "preference_end": means[-1],
+            "reward": means[-1],
             "preference_spread": torch.stack(spreads).mean(0),
             "kept": torch.stack(list(shares.values())).mean(0),
             **shares,

@@ -108,7 +108,8 @@ class SamplingRecord(BaseModel):
         times = f" at {self._listed()}" if self.timesteps else ""
         noise = "deterministic" if self.deterministic else "new noise at every step"
         start = "" if self.scale == 1 else f", first noise times {self.scale:.6g}"
-        return f"{self.scheduler}, {self.steps} steps{times}, guidance {self.guidance:g}, {noise}{start}"
+        steps = f"{self.steps} step{'s' * (self.steps > 1)}{times}"
+        return f"{self.scheduler}, {steps}, guidance {self.guidance:g}, {noise}{start}"
 
     def _listed(self) -> str:
         return ", ".join(map(str, self.timesteps or ()))

@@ -36,7 +36,6 @@ from .setup import (
     check_groups,
     check_rates,
     check_rows,
-    check_students,
     check_texts,
     count_long_prompts,
     load_base,
@@ -45,6 +44,7 @@ from .setup import (
 )
 from .shards import check_parallel
 from .simulate import META, CudaLike
+from .students import check_students
 from .trainer import plan_slots
 
 if TYPE_CHECKING:

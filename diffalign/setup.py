@@ -31,7 +31,6 @@ from .data.rowtable import Rows, Stream
 from .data.scores import check_scorer, score_rows, within_gap
 from .data.source import Source, split_heldout
 from .errors import UserError, nearest
-from .facts import SamplingRecord, recorded
 from .families import Model, load_model, pick_device, pick_dtype
 from .families.quantise import check_quantize
 from .methods import make_method
@@ -42,6 +41,7 @@ from .rewards import check_rewards, load_rewards
 from .roles import BASE, Roles
 from .shards import check_parallel, make_mesh
 from .start import start_student
+from .students import check_students
 from .trainer import Trainer, plan_slots
 
 
@@ -284,57 +284,6 @@ def check_rates(method: Method[Any], recipe: Recipe) -> None:
             )
 
 
-def check_students(method: Method[Any], recipe: Recipe, model: Model) -> None:
-    """That the method's times lie in the model's schedule, and are of a student that ``model.loras`` brings.
-
-    Raises UserError when they do not, or when they have more steps than the student was made for."""
-    record = method.sampling(model.scheduler_config)
-    begun = recorded(recipe.model.start) if recipe.model.start is not None else None
-    if begun is not None:
-        begun.check_base(model.scheduler_config, str(recipe.model.start))
-    for lora in recipe.model.loras if record is not None else ():
-        made = recorded(lora.path)
-        if made is not None:
-            made.check_base(model.scheduler_config, lora.path)
-        if made is not None and record is not None and record.steps > made.steps:
-            raise UserError(
-                f"method '{recipe.method.name}' trains {record.steps} steps, but the student '{lora.path}' was made "
-                f"for {made.summary()}; give the method its timesteps"
-            )
-    if method.online:
-        check_sampled(recipe, model, record)
-
-
-MANY_STEP = ("PNDMScheduler", "DDIMScheduler", "DDPMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
-
-
-def check_sampled(recipe: Recipe, model: Model, record: SamplingRecord | None) -> None:
-    """That an online method samples its model as that was made to be: ``record`` is the method's few-step sampler.
-
-    Raises UserError for a few-step student that would be sampled in many steps, and the reverse, and for guidance of a
-    student that takes none."""
-    places = [recipe.model.path, *(lora.path for lora in recipe.model.loras), recipe.model.start]
-    found = {place: made for place in places if place is not None and (made := recorded(place)) is not None}
-    if record is None:
-        for place, made in found.items():
-            raise UserError(
-                f"method '{recipe.method.name}' samples in many steps, but the student '{place}' was made for "
-                f"{made.summary()}; set method.timesteps to its times and method.guidance=1"
-            )
-    elif not found and model.scheduler_config.get("_class_name") in MANY_STEP:
-        raise UserError(
-            f"method.timesteps samples in {record.steps} steps, but '{recipe.model.path}' is a many-step model "
-            f"({model.scheduler_config['_class_name']}); give a few-step student by model.loras or model.start, or "
-            "leave method.timesteps out and set method.steps"
-        )
-    for place, made in found.items():
-        if record is not None and record.guided and not made.guided:
-            raise UserError(
-                f"method.guidance={record.guidance:g} guides the student '{place}', which takes no guidance; set "
-                "method.guidance=1"
-            )
-
-
 def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, int], None] | None = None) -> Parts:
     """Everything a run needs, with the cache filled and the encoders off the device.
 
@@ -342,8 +291,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     accelerator, device = start_processes(recipe.train.device)
     set_determinism(recipe.train)
     method = make_method_of(recipe)
-    for note in method.notes():
-        say(f"note: {note}")
+    remarks = [f"note: {note}" for note in method.notes()]  # said when nothing is refused: a refusal is one line
     check_rewards(method)
     check_rates(method, recipe)
     world = accelerator.num_processes
@@ -357,13 +305,15 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     with accelerator.main_process_first():  # the others read what the first one found out about the pictures
         rows, report = rows_for(recipe, method)
     if not isinstance(rows, Stream):
-        say(report.summary())
+        remarks.append(report.summary())
         check_texts(method, recipe.method.name, rows)
         check_curriculum(rows, recipe.data)
         check_rows(method, recipe, rows)
     model, dtype = load_base(recipe, device)
     method.check(model.denoiser())
     check_students(method, recipe, model)
+    for remark in remarks:
+        say(remark)
     cache = open_cache(
         rows,
         model,

@@ -110,7 +110,7 @@ class Method(Generic[C]):
     """Rows of a step that are compared with one another: neither micro-batches nor processes part them."""
     users: tuple[str, ...] = ()
     """Names behind the data's column ``user``, where it has one; known before ``build``."""
-    counts: Mapping[str, int] = {}  # noqa: RUF012 - replaced as a whole
+    counts: Mapping[str, int] = {}
     """How many rows each prompt has, where ``needs.counts`` asks for it."""
     repeated: ClassVar[str] = ""
     """The field of Config, if any, that counts equal steps inside one loss: a plan runs few and reckons the others."""

@@ -425,6 +425,13 @@ def test_inversion_steps_must_fit_the_schedule(name: str, tmp_path: Path) -> Non
     """Refused before anything is encoded or written, by a plan too."""
     data, out, cache = write_pairs(tmp_path / "pairs", 2), tmp_path / "run", tmp_path / "cache"
     given = [f"method.name={name}", f"data.path={data}", f"data.cache_dir={cache}", f"output.dir={out}"]
+    if name == "smpo":  # its rows need scores, and are looked at first
+        table = data / "metadata.jsonl"
+        rows = [
+            json.loads(line) | {"chosen_score": 0.25 + k / 100, "rejected_score": 0.15}
+            for k, line in enumerate(table.read_text().splitlines())
+        ]
+        table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     for steps, hint in ((600, "of which it covers 600; take 1000"), (400, "of which it covers 800; take 500")):
         recipe = load_recipe("tiny/dpo", [*given, f"method.inversion_steps={steps}"])
         for use in (make_plan, train):

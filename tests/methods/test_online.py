@@ -29,7 +29,7 @@ from diffalign.methods.online.grpo import step_kl
 from diffalign.methods.policy_gradient import group_moments, ppo_loss, standardised
 from diffalign.methods.rollout import clipped_pair_loss, pair_bounds
 from diffalign.recipe import ValidateRecipe, load_recipe
-from diffalign.setup import check_students
+from diffalign.students import check_students
 from diffalign.trainer import Trainer
 from diffalign.validate import heldout_metrics
 

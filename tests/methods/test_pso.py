@@ -20,7 +20,7 @@ from diffalign.methods import make_method
 from diffalign.methods.distillation.pso import pso_hinge_loss, pso_loss
 from diffalign.methods.preference.dpo import dpo_loss
 from diffalign.recipe import load_recipe
-from diffalign.setup import check_students
+from diffalign.students import check_students
 
 DENOISER = Denoiser.from_config(SD_SCHEDULE)
 

@@ -157,7 +157,7 @@ def estimate(
     cost = round_of(method, slots[0].phase, shapes, model.denoiser(), share) if method.online else None
     if cost is not None:
         name, counted = slots[0].phase.name, Counter(cost.sampled) + Counter(cost.trained)
-        calls = Counter({role: count * micro / share for role, count in counted.items()})  # type: ignore[assignment]
+        calls = Counter({role: count * micro / share for role, count in counted.items()})
         once = max((flops / rows / (1 if key[3] else 2) for key, (rows, flops, _) in known.items()), default=0.0)
         updates = used[name].flops / micro * cost.items * method.repeats(slots[0].phase)
         updates /= method.parts(slots[0].phase)

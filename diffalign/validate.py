@@ -34,7 +34,7 @@ def heldout_metrics(trainer: Trainer, heldout: Source, recipe: ValidateRecipe) -
     """Loss and metrics of held-out rows, each under ``draws`` fixed (t, noise); the same on any number of processes.
 
     Of online methods: what the samples of held-out prompts are like (``Rollouts.metrics``), their loss minus the
-    reward."""
+    reward; of one whose samples nobody scores the loss and metrics of its items."""
     ctx, phase = trainer.ctx, trainer.method.phases[-1]
     meter = Meter()
     shares = [heldout.portion(rank, trainer.world) for rank in range(trainer.world)]
@@ -53,15 +53,17 @@ def heldout_metrics(trainer: Trainer, heldout: Source, recipe: ValidateRecipe) -
             placed = trainer.placed(parts)
             ctx.stats = trainer.statistics(placed)
             for batch in (part.to(ctx.device) for part in placed):
+                tried = [batch]
                 if trainer.method.online:
                     found = trainer.method.collect(ctx, batch)
                     worth = {"loss": -found.metrics["reward"]} if "reward" in found.metrics else {}
                     for name, value in (found.metrics | worth).items():
                         meter.add(name, (value.float() * batch.weight).sum(), batch.weight.sum())
-                    continue
-                loss = trainer.method.loss(ctx, batch, phase)
-                for name, (total, weight) in metric_sums(loss).items():
-                    meter.add(name, total, weight)
+                    starts = () if found.metrics else range(0, len(found), trainer.micro)
+                    tried = [found.take(range(at, min(at + trainer.micro, len(found)))) for at in starts]
+                for each in tried:
+                    for name, (total, weight) in metric_sums(trainer.method.loss(ctx, each, phase)).items():
+                        meter.add(name, total, weight)
     ctx.phase, ctx.repeat, ctx.stats = before
     return meter.read(trainer.reduce)
 

@@ -10,15 +10,19 @@ import torch
 from test_online import LIKELIHOOD, method, trainer_of
 from tiny import SD_SCHEDULE
 from torch import Tensor
-from world import make_trainer, rows_of, warm
+from world import Rows, make_trainer, rows_of, warm
 
+from diffalign.data.batch import Cond
+from diffalign.data.source import Source
 from diffalign.denoiser import Denoiser
 from diffalign.errors import UserError
 from diffalign.methods import make_method
 from diffalign.methods.online.dro import dro_loss
 from diffalign.methods.online.nft import nft_loss, optimality
+from diffalign.recipe import ValidateRecipe
 from diffalign.rollouts.cost import META, round_cost
 from diffalign.trainer import Trainer
+from diffalign.validate import heldout_metrics
 
 SD = Denoiser.from_config(SD_SCHEDULE)
 
@@ -80,6 +84,14 @@ def test_states_are_at_stratified_times_of_their_own() -> None:
         shift = row[-1]
         assert row == [*range(950 + shift, shift - 1, -50)] and 0 <= shift < 50
     assert len({row[-1] for row in times.tolist()}) > 1
+
+
+def test_held_out_pictures_tell_a_loss() -> None:
+    """At the start the margin; no scorer looks on, so that nothing else would be said of them."""
+    trainer = make_trainer(make_method("dro", {"steps": 3, "kept": 3, "updates": 3}))
+    heldout = Source(Rows(4, seed=9, kind="image"), range(4), 0, Cond(torch.zeros(1, 5, 16)))  # type: ignore[arg-type]
+    found = heldout_metrics(trainer, heldout, ValidateRecipe(draws=1))
+    assert found["loss"] == pytest.approx(1e-3, abs=1e-6) and found["active"] == 1 and "expert_gain" in found
 
 
 # ---- DiffusionNFT ----------------------------------------------------------------------------------------------------

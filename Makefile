@@ -20,8 +20,7 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Not compiled ahead: of 290 MB of Python a tenth is ever imported, and pip compiles on one core for a minute.
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 LINKS := build/links/diffalign
 
 help:

@@ -336,3 +336,26 @@ def test_planned_calls_are_those_that_are_made(method: Method[Any]) -> None:
     used = simulate_phase(method, roles, method.phases[0], shapes, 4, denoiser, decoder=decoder)
     # paths that end at drawn times are counted for times that lie evenly
     assert used.whole and used.calls == {role: pytest.approx(count, rel=0.15) for role, count in made.items()}
+
+
+def test_only_a_loss_that_looks_at_numbers_is_stood_in_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = make_method("sft", {})
+    plain = method.loss
+    shapes, denoiser = Shapes((4, 8, 8), 5, 16), Denoiser.from_config(SD_SCHEDULE)
+
+    def simulate(spoil: Callable[[Tensor], object]) -> Any:
+        def loss(*args: Any) -> Any:
+            found = plain(*args)
+            spoil(found.values)
+            return found
+
+        monkeypatch.setattr(method, "loss", loss)
+        roles = roles_of("tiny", False, False, False, "meta")
+        return simulate_phase(method, roles, method.phases[0], shapes, 4, denoiser)
+
+    for look in (lambda values: values.sum().item(), lambda values: values.nonzero(), lambda values: values.tolist()):
+        used = simulate(look)
+        assert not used.whole and used.calls == {"student": 4}
+    assert simulate(lambda values: None).whole
+    with pytest.raises(RuntimeError, match="broadcast"):
+        simulate(lambda values: values + torch.zeros(7, device="meta"))

@@ -423,7 +423,10 @@ def train(
 ) -> Run:
     """Train a recipe; ``watch`` sees the session before its first step (benchmarks use it)."""
     precision, deterministic = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    flushing = flushes_denormals()
     try:
+        # saturated losses make gradients below 1e-38, at which a CPU is slow; set first, since new threads inherit it
+        torch.set_flush_denormal(True)
         session = Session(recipe, resume, progress)
         if watch is not None:
             watch(session)
@@ -436,6 +439,12 @@ def train(
     finally:
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(deterministic)
+        torch.set_flush_denormal(flushing)
+
+
+def flushes_denormals() -> bool:
+    """Whether this thread takes fp32 numbers below 1e-38 for 0; torch can set it and not tell it."""
+    return not bool((torch.full((1,), 1e-40, device="cpu") * 1.0).any())
 
 
 def describe(run: Run) -> str:

@@ -17,7 +17,7 @@ from small import curve, log_of, lora_of, picture, same_tree, settings, write_pa
 import diffalign
 from diffalign.errors import UserError
 from diffalign.recipe import load_recipe
-from diffalign.run import Run, Session, train
+from diffalign.run import Run, Session, flushes_denormals, train
 
 
 def make(model: Path, data: Path, out: Path, **changes: Any) -> tuple[Run, list[Session]]:
@@ -220,6 +220,20 @@ def test_the_same_command_gives_the_same_run(tiny_model_folder: Path, pairs: Pat
     three, _ = make(tiny_model_folder, pairs, place / "three", train__steps=4, train__seed=1)
     assert same_tree(lora_of(one.dir), lora_of(two.dir)) and curve(one.dir) == curve(two.dir)
     assert not same_tree(lora_of(one.dir), lora_of(three.dir))
+
+
+def test_training_takes_denormals_for_zero(tiny_model_folder: Path, pairs: Path, place: Path) -> None:
+    """Saturated losses make gradients below 1e-38, at which a CPU is slow; the caller's setting comes back."""
+    seen: list[bool] = []
+    for outside in (False, True):
+        name, *overrides = settings(tiny_model_folder, pairs, place / f"denormals-{outside}", train__steps=1)
+        torch.set_flush_denormal(outside)
+        try:
+            train(load_recipe(name, overrides), "never", False, lambda session: seen.append(flushes_denormals()))
+            assert flushes_denormals() is outside
+        finally:
+            torch.set_flush_denormal(False)
+    assert seen == [True, True]
 
 
 def test_a_plain_image_folder_trains_sft(tiny_model_folder: Path, place: Path) -> None:

@@ -84,6 +84,8 @@ class Trainer:
         self.meter = Meter()
         trained = [role for role in method.roles if role in self.roles.names]
         self._broadcast(trained)
+        for role, towards in {pull[:2] for phase in method.phases for pull in phase.pulls}:
+            pass
         self.optimizers = {r: make_optimizer(recipe, self.roles.parameters(r), r) for r in trained}
         self.ema = {r: Ema(self.roles.parameters(r), recipe.ema) for r in trained} if recipe.ema else {}
         scaled = ctx.autocast == torch.float16
@@ -210,6 +212,8 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         if scaler.is_enabled():
             scaler.update()
+        for role, towards, share in phase.pulls:
+            self.roles.pull(role, towards, share)
 
     def rolled(self, slot: Slot, prompts: Collection[Batch]) -> Collection[Batch]:
         """The items of this update, in micro-batches; the first update of a round has them sampled (`rollouts`).
@@ -218,20 +222,34 @@ class Trainer:
         are idle. Spread over all of them, updates of a few items would move the weights as far as full ones."""
         if slot.first:
             self.collect(prompts)
+            if self.method.recalls(slot.phase):
+                self.recall(slot.phase)
         self.ctx.repeat = slot.repeat
-        count = self.method.parts(slot.phase)
-        epoch, part = divmod(slot.repeat, count)
-        kept_of_all, made = self.round_share
-        count = max(-(-count * kept_of_all // made), 1)
-        cuts: list[tuple[Rollouts, list[int]]] = []
-        for rollouts, kept in self.round:
-            mine = deal(rollouts, kept, count, self.ctx.seed, slot.phase.name, epoch)[part] if part < count else []
-            cuts += [(rollouts, mine[start : start + self.micro]) for start in range(0, len(mine), self.micro)]
+        cuts = self.cuts(slot.phase, slot.repeat)
         if cuts:
             return Items(cuts)
         padding = self.round[0][0].take([0])  # every process has the same curves and calls
         padding.weight.zero_()
         return [padding]
+
+    def cuts(self, phase: Phase, repeat: int) -> list[tuple[Rollouts, list[int]]]:
+        """The micro-batches of an update of a round."""
+        count = self.method.parts(phase)
+        epoch, part = divmod(repeat, count)
+        kept_of_all, made = self.round_share
+        count = max(-(-count * kept_of_all // made), 1)
+        found: list[tuple[Rollouts, list[int]]] = []
+        for rollouts, kept in self.round:
+            mine = deal(rollouts, kept, count, self.ctx.seed, phase.name, epoch)[part] if part < count else []
+            found += [(rollouts, mine[start : start + self.micro]) for start in range(0, len(mine), self.micro)]
+        return found
+
+    def recall(self, phase: Phase) -> None:
+        """What the one that sampled says of a round's items in the micro-batches of the first pass."""
+        with torch.no_grad():
+            for repeat in range(self.method.parts(phase)):
+                for rollouts, items in self.cuts(phase, repeat):
+                    rollouts.put(items, self.method.recall(self.ctx, rollouts.take(items)))
 
     def collect(self, prompts: Iterable[Batch]) -> None:
         """A round's samples, of all micro-batches of prompts, and their sums over processes."""

@@ -71,12 +71,15 @@ class Phase:
         repeats: how often the phase runs in a step: a number, or the name of a field of the method's Config.
         batch: ``fresh`` takes new rows each repeat, ``reuse`` takes those of the phase before, ``round`` takes new rows
             for its first repeat and reuses them in the others.
+        pulls: (role, towards, share) of versions of the U-Net: after each update ``role`` is moved by ``share`` of the
+            way towards another role's weights. The two start with the same adapters.
     """
 
     name: str
     trains: tuple[str, ...]
     repeats: int | str = 1
     batch: Literal["fresh", "reuse", "round"] = "fresh"
+    pulls: tuple[tuple[str, str, float], ...] = ()
 
 
 @dataclass
@@ -162,6 +165,16 @@ class Method(Generic[C]):
         """Online methods: what a batch of prompts is sampled and kept for a round of updates (`diffalign.rollouts`),
         without gradients. ``loss`` is then given its items in the place of the prompts."""
         raise TypeError(f"{type(self).__name__} collects no rollouts")
+
+    def recall(self, ctx: Context, items: Batch) -> Columns:
+        """Online methods: latents or columns of items in the place of those that ``collect`` kept, which have to come
+        from the very call that ``loss`` will make. Called before the first of several updates of a round, without
+        gradients, on just the micro-batches of its first pass."""
+        return {}
+
+    def recalls(self, phase: Phase) -> bool:
+        """Whether a round begins with ``recall``."""
+        return type(self).recall is not Method.recall and self.repeats(phase) > 1
 
     @property
     def online(self) -> bool:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from ..denoiser import Denoiser, Step, log_prob
+from ..denoiser import Denoiser, Step
 from ..errors import UserError
 from ..facts import SamplingRecord, student_record
 from ..rollouts import Policy, Walk, few_steps, many_steps, whole_picture
@@ -43,6 +43,7 @@ class SamplerConfig(MethodConfig):
     offset: int = Field(1, ge=0, description="added to times of leading spacing (diffusers' steps_offset)")
     eta: float = Field(1.0, ge=0, description="share of new noise in a DDIM step; 1 is DDPM's and Euler-ancestral's")
     guidance: float = Field(5.0, ge=0, description="of the student, in sampling and in training; 1 is none")
+    scale: float = Field(1.0, gt=0, description="what the first noise is multiplied by, as a student's record says")
     skip_last: bool = Field(False, description="leave the last step out of training")
     updates: int = Field(1, ge=1, description="optimiser steps for one pass over a round's samples")
     epochs: int = Field(1, ge=1, description="passes over a round's samples")
@@ -98,7 +99,7 @@ class RolloutMethod(Method[S], Generic[S]):
             times, ends = few_steps(config.timesteps)
         else:
             times, ends = many_steps(denoiser, config.steps, config.spacing, config.offset)
-        return Policy(tuple(times), tuple(ends), config.sampler, config.eta, config.guidance)
+        return Policy(tuple(times), tuple(ends), config.sampler, config.eta, config.guidance, config.scale)
 
     def trained_steps(self, denoiser: Denoiser) -> list[int]:
         """The steps that may be trained: all with a likelihood, but for the last where the settings leave it out."""
@@ -135,7 +136,8 @@ class RolloutMethod(Method[S], Generic[S]):
         if not config.timesteps:
             return None
         renoise = config.sampler == "renoise"
-        found = student_record(scheduler, config.timesteps, renoise=renoise, ancestral=not renoise and config.eta > 0)
+        ancestral = not renoise and config.eta > 0
+        found = student_record(scheduler, config.timesteps, renoise=renoise, scale=config.scale, ancestral=ancestral)
         return found.model_copy(update={"guidance": max(config.guidance, 1.0)})
 
     def replay(self, ctx: Context, role: str, x_t: Tensor, batch: Batch) -> Step:
@@ -145,11 +147,6 @@ class RolloutMethod(Method[S], Generic[S]):
         t, s = (batch.columns[name].repeat(copies) for name in ("t", "s"))
         output = ctx.model(role, x_t, t, whole_picture(batch).repeat(copies), policy.guidance)
         return policy.step(ctx.denoiser, output, x_t, t, s)
-
-    def densities(self, ctx: Context, role: str, x_t: Tensor, x_s: Tensor, batch: Batch) -> Tensor:
-        """Mean log-density (n B,) of the step from ``x_t`` to ``x_s`` under ``role``; see ``replay``."""
-        found = self.replay(ctx, role, x_t, batch)
-        return log_prob(x_s, found.mean, found.std)
 
 
 class ScoredRollouts(RolloutMethod[R], Generic[R]):
@@ -196,6 +193,13 @@ class ScoredRollouts(RolloutMethod[R], Generic[R]):
     def total(self, scores: Tensor) -> Tensor:
         """One reward (N,) of the scorers' (N, R)."""
         return self.weighted(scores).sum(1)
+
+
+def step_kl(mean: Tensor, base_mean: Tensor, std: Tensor) -> Tensor:
+    """KL (B,) between two steps of one ``std`` (B, 1, 1, 1), averaged over the latents' numbers: that of two Gaussians.
+
+    (Flow-GRPO's code divides by 2 g^2 alone, not by the variance g^2 |ds|: its number is |ds| times this one.)"""
+    return ((mean - base_mean) / std).square().mean((1, 2, 3)) / 2
 
 
 def clipped_pair_loss(

@@ -7,7 +7,7 @@ nothing, so that the student and the fake score both start as the teacher. Times
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
@@ -56,6 +56,11 @@ class DistillConfig(MethodConfig):
         "sample", description="divide the direction by the mean of |x - teacher's x0| of the sample, or by nothing"
     )
     floor: float = Field(1e-6, ge=0, description="least divisor")
+    align: Share = Field(
+        0.0,
+        description="share of the way by which the fake score's weights follow the student's after each of its updates "
+        "(SenseFlow's implicit distribution alignment: 0.02 to 0.03); 0: not",
+    )
     step_fake: bool = Field(
         False, description="tell the fake score which step made a sample, by a learned vector added to its text"
     )
@@ -128,10 +133,12 @@ class ScoreDistill(Method[D], Generic[D]):
     def __init__(self, config: D) -> None:
         super().__init__(config)
         self.roles = ("student", "fake", *self.extra_roles())
-        first, second = Phase("student", ("student",)), Phase("critic", self.roles[1:], "critic_steps")
+        pulls = (("fake", "student", config.align),) if config.align else ()
+        first = Phase("student", ("student",), pulls=pulls)
+        second = Phase("critic", self.roles[1:], "critic_steps")
         if config.order == "critic":
             first, second = second, first
-        self.phases = (first, Phase(second.name, second.trains, second.repeats, config.batches))
+        self.phases = (first, replace(second, batch=config.batches))
         tags = ("start", *(f"renoise-{k}" for k in range(1, len(config.timesteps))), "score", *self.extra_draws())
         self.needs = Needs("image" if self.wants_pictures() else "prompt", draws=tags)
 

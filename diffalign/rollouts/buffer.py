@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +52,13 @@ class Rollouts:
             sizes={k: v[rows] for k, v in prompts.sizes.items()},
             prompts=tuple(prompts.prompts[self.row[i]] for i in kept) if prompts.prompts else (),
         )
+
+    def put(self, index: Sequence[int], values: Mapping[str, Tensor]) -> None:
+        """Latents or columns of items by position, in the place of what is kept under these names."""
+        at = torch.tensor(list(index), device="cpu").to(self.weight.device, non_blocking=True)
+        for name, found in values.items():
+            kept = self.latents if name in self.latents else self.columns
+            kept[name] = kept[name].index_copy(0, at, found.to(kept[name].dtype))
 
     def kept(self) -> list[int]:
         """Positions of the items that have any weight. Waits for the device: once a round."""

@@ -23,8 +23,8 @@ META = torch.device("meta")
 @dataclass(frozen=True)
 class RoundCost:
     """A round of one prompt. ``sampled`` and ``trained``: pictures through the U-Net by role, guided ones twice, while
-    sampling and in all updates together; ``decodes`` and ``scores`` (by scorer) of pictures; ``items`` that one pass
-    trains on and ``bytes`` that they take, at most: a method may leave some out."""
+    sampling (and recalling, see `Method.recall`) and in all updates together; ``decodes`` and ``scores`` (by scorer) of
+    pictures; ``items`` that one pass trains on and ``bytes`` that they take, at most: a method may leave some out."""
 
     sampled: dict[str, int]
     trained: dict[str, int]
@@ -102,9 +102,16 @@ def round_cost(
     ctx.decoder, ctx.rewards = decode, {name: score(name) for name in names}
     with torch.no_grad():
         found = method.collect(ctx, prompt)
-        sampled = dict(ctx.calls)
-        ctx.calls, ctx.stats = Counter(), dict(found.stats)
-        method.loss(ctx, found.take([0]), phase)
-    passes = method.repeats(phase) // method.parts(phase)
-    trained = {role: count * len(found) * passes for role, count in ctx.calls.items()}
-    return RoundCost(sampled, trained, decoded[0], dict(scores), len(found), found.bytes)
+        sampled, ctx.stats = ctx.calls, dict(found.stats)
+        ctx.calls, item = Counter(), found.take([0])
+        if method.recalls(phase):
+            method.recall(ctx, item)
+        sampled += Counter({role: count * len(found) for role, count in ctx.calls.items()})
+        repeats, trained = method.repeats(phase), Counter[str]()
+        # the first update of a round may call more networks than the others
+        for repeat, share in ((0, 1), (1, repeats - 1))[:repeats]:
+            ctx.repeat, ctx.calls = repeat, Counter()
+            method.loss(ctx, item, phase)
+            calls = {role: round(count * share * len(found) / method.parts(phase)) for role, count in ctx.calls.items()}
+            trained += Counter(calls)
+    return RoundCost(dict(sampled), dict(trained), decoded[0], dict(scores), len(found), found.bytes)

@@ -33,6 +33,15 @@ class Taken:
     std: Tensor
     log_prob: Tensor | None
 
+    def take(self, index: Sequence[int]) -> Taken:
+        """Those of some samples."""
+        if list(index) == list(range(len(self.t))):
+            return self
+        rows = torch.tensor(list(index), device="cpu").to(self.t.device, non_blocking=True)
+        density = None if self.log_prob is None else self.log_prob[rows]
+        parts = (self.t[rows], self.s[rows], self.x_t[rows], self.x_s[rows], self.mean[rows], self.std[rows])
+        return Taken(self.k, *parts, density)
+
 
 def whole_picture(batch: Batch) -> Cond:
     """The prompt; networks that take sizes are told those of a whole picture of this size, as at sampling."""

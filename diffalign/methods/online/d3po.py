@@ -9,9 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ...denoiser import log_prob
 from ...rollouts import Rollouts
 from ..base import Loss, Paper, Phase
-from ..rollout import RolloutConfig, ScoredRollouts, clipped_pair_loss, pair_bounds
+from ..rollout import RolloutConfig, ScoredRollouts, clipped_pair_loss, pair_bounds, step_kl
 
 if TYPE_CHECKING:
     from ...context import Context
@@ -103,11 +104,14 @@ class D3PO(ScoredRollouts[D3POConfig]):
     def loss(self, ctx: Context, batch: Batch, phase: Phase) -> Loss:
         """``clipped_pair_loss`` of the items."""
         x_t, x_s = (torch.cat([batch.latents[f"{name}_{side}"] for side in ("won", "lost")]) for name in ("x_t", "x_s"))
-        won, lost = self.densities(ctx, "student", x_t, x_s, batch).chunk(2)
+        found = self.replay(ctx, "student", x_t, batch)
         with torch.no_grad():
-            base_won, base_lost = self.densities(ctx, "base", x_t, x_s, batch).chunk(2)
+            base = self.replay(ctx, "base", x_t, batch)
+        (won, lost), (base_won, base_lost) = (log_prob(x_s, step.mean, step.std).chunk(2) for step in (found, base))
         values, logits = clipped_pair_loss(won, lost, base_won, base_lost, self.config.beta, self.config.clip)
-        return Loss(values, batch.weight, pair_metrics(won - base_won, lost - base_lost, logits, self.config.clip))
+        metrics = pair_metrics(won - base_won, lost - base_lost, logits, self.config.clip)
+        metrics["kl"] = torch.stack(step_kl(found.mean.detach(), base.mean, found.std).chunk(2)).mean(0)
+        return Loss(values, batch.weight, metrics)
 
 
 def pair_metrics(up: Tensor, down: Tensor, logits: Tensor, clip: float | None) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from ...denoiser import Denoiser, Step, log_prob
 from ...errors import UserError
 from ...rollouts import Policy, Rollouts, Taken, Walk
 from ..base import Loss, Needs, Paper, Phase
-from ..rollout import AT_ONCE, RolloutMethod, SamplerConfig, clipped_pair_loss, pair_bounds
+from ..rollout import AT_ONCE, RolloutMethod, SamplerConfig, clipped_pair_loss, pair_bounds, step_kl
 
 if TYPE_CHECKING:
     from ...context import Context
@@ -198,14 +198,13 @@ class SPO(RolloutMethod[SPOConfig]):
         won, lost, base_won, base_lost = (side * scale for side in (*now, *base))
         values, logits = clipped_pair_loss(won, lost, base_won, base_lost, config.beta, config.clip)
         logits = logits.detach()
-        moved = (step.mean.detach() - base_step.mean)[: len(batch)]
         metrics = {
             "ratio_won": (won - base_won).detach().exp(),
             "ratio_lost": (lost - base_lost).detach().exp(),
             "logit": logits,
             "accuracy": (logits > 0).float() + 0.5 * (logits == 0).float(),
             "saturated": (logits.abs() > 5).float(),
-            "kl": (moved / base_step.std[: len(batch)]).square().mean((1, 2, 3)) / 2,
+            "kl": step_kl(step.mean.detach(), base_step.mean, step.std)[: len(batch)],
             "gap": batch.columns["gap"],
         }
         return Loss(values, batch.weight, metrics)

@@ -172,6 +172,21 @@ class Roles:
         """Trainable tensors of a role, as a list (never an iterator that clipping would exhaust)."""
         return list(self.named_parameters(role).values())
 
+    @torch.no_grad()
+    def pull(self, role: str, towards: str, share: float) -> None:
+        """Move a role's weights by ``share`` of the way towards another's, both versions of the U-Net.
+
+        Of adapters the factors A and B move, so that their product does so only nearly: see `share_factors`."""
+        torch._foreach_lerp_(self.parameters(role), self.parameters(towards), share)
+
+    @torch.no_grad()
+    def share_factors(self, role: str, towards: str) -> None:
+        """Give an untrained adapter another's factors A; with its B of zeros it stays nothing."""
+        theirs = self.named_parameters(towards).values()
+        for (name, mine), other in zip(self.named_parameters(role).items(), theirs, strict=True):
+            if "lora_A" in name:
+                mine.copy_(other)
+
     def train_only(self, roles: Sequence[str]) -> None:
         """Exactly these roles receive gradients from now on."""
         for name, parameters in self._parameters.items():

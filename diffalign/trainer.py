@@ -85,7 +85,7 @@ class Trainer:
         trained = [role for role in method.roles if role in self.roles.names]
         self._broadcast(trained)
         for role, towards in {pull[:2] for phase in method.phases for pull in phase.pulls}:
-            pass
+            self.roles.share_factors(role, towards)
         self.optimizers = {r: make_optimizer(recipe, self.roles.parameters(r), r) for r in trained}
         self.ema = {r: Ema(self.roles.parameters(r), recipe.ema) for r in trained} if recipe.ema else {}
         scaled = ctx.autocast == torch.float16

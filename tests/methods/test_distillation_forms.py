@@ -191,6 +191,25 @@ def test_every_score_starts_as_the_teacher(storage: str) -> None:
             assert torch.equal(trainer.ctx.model(role, x, t, batch.cond["prompt"]), base), role
 
 
+@pytest.mark.parametrize("storage", ["adapters", "copies"])
+def test_the_fake_score_follows_the_student(storage: str) -> None:
+    """After the student's update alone, by the share; adapters begin alike, and the first answers are the teacher's."""
+    trainer = make_trainer(make_method("dmd2", {"timesteps": [999], "align": 0.25}), storage=storage)
+    student, fake = (trainer.roles.parameters(role) for role in ("student", "fake"))
+    asked = torch.ones(4, 4, 8, 8), torch.full((4,), TIME), batch_of(trainer).cond["prompt"]
+    assert torch.equal(trainer.ctx.model("fake", *asked), trainer.ctx.model("base", *asked))
+    before = [p.clone() for p in fake]
+    assert all(torch.equal(a, b) for a, b in zip(student, fake, strict=True))
+    first, second = (slot for slot in trainer.slots if slot.repeat == 0)
+    trainer.update(first, trainer.batches(0))
+    assert any(not torch.equal(a, b) for a, b in zip(student, before, strict=True))
+    for mine, old, theirs in zip(fake, before, student, strict=True):
+        torch.testing.assert_close(mine, 0.75 * old + 0.25 * theirs)
+    kept = [p.clone() for p in student]
+    trainer.update(second, trainer.batches(0))
+    assert all(torch.equal(a, b) for a, b in zip(student, kept, strict=True))
+
+
 def test_ranges_stay_inside_the_schedule() -> None:
     assert times_of((0.02, 0.98), 1000) == (20, 980) and times_of((0.02, 0.979), 1000) == (20, 979)
     assert times_of((0.0, 1.0), 1000) == (0, 999) and times_of((1.0, 1.0), 1000) == (999, 999)

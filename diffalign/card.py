@@ -62,7 +62,7 @@ def lora_call(path: str, weight_name: str | None) -> str:
     return call_of(path, weight_name=weight_name)
 
 
-def training_table(facts: Facts) -> dict[str, object]:
+def training_table(facts: Facts, place: Place) -> dict[str, object]:
     """The settings worth a row."""
     recipe = facts.recipe
     train, method, model = (recipe.get(name) or {} for name in ("train", "method", "model"))
@@ -79,6 +79,8 @@ def training_table(facts: Facts) -> dict[str, object]:
         **{f"method.{k}": v for k, v in method.items() if k != "name"},
     }
     lora = model.get("lora") if model.get("storage") == "adapters" and facts.kind in ("lora", "pipeline") else None
+    if model.get("start"):
+        table["student starts from"] = place.shown(model["start"])
     if lora:
         alpha = lora.get("alpha") or lora.get("rank")
         table |= {"LoRA rank": lora.get("rank"), "LoRA alpha": alpha, "LoRA targets": lora.get("targets")}
@@ -121,7 +123,7 @@ def card(facts: Facts, form: Form, place: Place | None = None) -> str:
         record=record,
         prompt=json.dumps(facts.prompt or "a photo"),
         options=", ".join(f"{key}={value}" for key, value in options.items()),
-        table=training_table(facts),
+        table=training_table(facts, place),
         heldout=", ".join(f"{key} {value:.4g}" for key, value in facts.heldout.items()),
     )
 

@@ -14,8 +14,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
+from diffalign.card import Place, training_table
 from diffalign.data.batch import Cond
 from diffalign.errors import UserError
+from diffalign.facts import Facts
 from diffalign.families import Model, load_model, save_lora
 from diffalign.publish import without_paths
 from diffalign.recipe import ModelRecipe, Recipe, load_recipe
@@ -99,3 +101,9 @@ def test_starts_that_do_not_fit_are_refused(lora: Path, tiny_model_folder: Path,
 def test_an_export_does_not_say_where_it_lay(lora: Path, tiny_model_folder: Path) -> None:
     shown = without_paths(started(tiny_model_folder, lora)[1].dump())
     assert shown["model"]["start"] == lora.name
+
+
+def test_the_card_names_the_start(lora: Path, tiny_model_folder: Path) -> None:
+    facts = Facts(method="dmd2", recipe=started(tiny_model_folder, lora)[1].dump())
+    assert training_table(facts, Place())["student starts from"] == str(lora)
+    assert training_table(facts, Place(shared=True))["student starts from"] == f"PATH/OF/{lora.name}"

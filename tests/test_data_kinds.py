@@ -115,6 +115,8 @@ def test_rated_pictures_and_their_labels(tmp_path: Path, model: Model) -> None:
     assert list(batch.latents) == ["image"] and batch.columns["label"].tolist() == [-1, 1]
     turned, _ = read_rows(recipe(tmp_path, tmp_path, shuffle_labels=True), "rated")
     assert [row.id for row in turned] == [row.id for row in rows] and [r.label for r in turned] != [1, -1, 1, -1, 1, -1]
+    with pytest.raises(UserError, match=r"data\.min_gap .* the data are single pictures; remove it"):
+        read_rows(recipe(tmp_path, tmp_path, min_gap=0.1), "rated")
     with pytest.raises(UserError, match="no column 'label' or 'split'"):
         (tmp_path / "metadata.jsonl").write_text(json.dumps({"prompt": "a", "image": "0.png"}))
         read_rows(made, "rated")
@@ -179,6 +181,8 @@ def test_lists_are_padded_to_the_longest_and_cached(
     assert any(dealt[row.id] != row.pictures for row in rows)
     with pytest.raises(UserError, match=r"data.streaming is on; set data.streaming=false"):
         read_rows(recipe(data, tmp_path, streaming=True), "ranked")
+    with pytest.raises(UserError, match=r"data\.min_gap .* the data are lists; remove it"):
+        read_rows(recipe(data, tmp_path, min_gap=0.1), "ranked")
     (data / "metadata.jsonl").write_text(json.dumps({"prompt": "a", "images": ["5.png"], "scores": [1]}))
     with pytest.raises(UserError, match=r"no usable list .*1 in 'images': a list has two pictures or more"):
         read_rows(made, "ranked")

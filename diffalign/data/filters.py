@@ -8,6 +8,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 
+from ..errors import UserError
 from ..recipe import DataRecipe
 from .keyindex import NumberSet
 from .rows import digest_of
@@ -80,7 +81,8 @@ class Filters:
         return None
 
     def refuse_one(self, prompt: str, look: Look) -> tuple[str, str] | None:
-        """The same for a captioned picture."""
+        """The same for a captioned picture. Raises UserError where a gap is asked for."""
+        self.no_gap("single pictures")
         key, number = number_of(prompt, look.digest), number_of(prompt)
         if self.exact and key in self.seen:
             return "duplicate", ""
@@ -90,12 +92,20 @@ class Filters:
         return None
 
     def refuse_list(self, prompt: str, looks: Sequence[Look]) -> tuple[str, str] | None:
-        """The same for a list of pictures: only equal ones in equal order."""
+        """The same for a list: only equal pictures in equal order. Raises UserError where a gap is asked for."""
+        self.no_gap("lists")
         key = number_of(prompt, *(look.digest for look in looks))
         if self.exact and key in self.seen:
             return "duplicate", ""
         self._keep(key, number_of(prompt), (0, 0))
         return None
+
+    def no_gap(self, rows: str) -> None:
+        """Raises UserError for ``data.min_gap`` over rows that have none."""
+        if self.min_gap is not None:
+            raise UserError(
+                f"data.min_gap is the least gap between a pair's scores, and the data are {rows}; remove it"
+            )
 
     def restore(self, journal: bytes) -> None:
         """Remember what an earlier process kept."""

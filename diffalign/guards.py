@@ -19,6 +19,7 @@ from .recipe import GuardsRecipe
 
 BEFORE = 5  # logged values that make a usual one
 HACKED = 4.0  # deviations (chosen by us)
+FEW = 0.05
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Guards:
     logits are beyond 5, where a won pair has no gradient left, and 0.15 more than at the start.
     ``pictures``: within a prompt the samples differ by less than half of the base's, or their mean brightness or
     saturation moved by more than 0.15. ``gradient``: the gradient norm is above 10 times its median so far.
-    ``rounds``: a round of samples of an online method left nothing to learn. ``hacking``: a scorer that only looks on
+    ``rounds``: a round of samples of an online method left nothing to learn. ``kept``: of the pairs that a threshold
+    picks fewer than 5 % or more than 95 % are kept. ``hacking``: a scorer that only looks on
     (``method.guard``) is below its first five logged values by more than 4 of their deviations, while the reward is
     above its own. Each fires once a run. The thresholds are those by which the report reads the curves;
     ``eval/health.py`` says where they come from.
@@ -76,6 +78,9 @@ class Guards:
         if values.get("rounds_empty", 0.0) > 0:
             share = f"{values['rounds_empty']:.0%} of the last rounds left nothing to learn"
             found["rounds"] = f"{share}: no pair was far enough apart, or all samples of a prompt scored alike"
+        if not FEW <= (share := values.get("kept", FEW)) <= 1 - FEW:
+            how = "lower method.threshold" if share < FEW else "method.threshold leaves out next to none; raise it"
+            found["kept"] = f"{share:.0%} of the pairs of the last rounds were far enough apart to be kept: {how}"
         found |= self._sigmoid(values) | self._hacking(values)
         self._remember("train", values)
         return self._alarms(found)

@@ -198,6 +198,7 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
     )
     method.check(model.denoiser())
     check_students(method, recipe, model)
+    notes += method.notes() + method.warnings(model.denoiser())
     if method.needs.decode:
         model.keep_vae(recipe.model.gradient_checkpointing)
     networks = {"unet": model.unet, **dict(zip(encoder_names(model), model.encoders(), strict=True))}

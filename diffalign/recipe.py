@@ -133,6 +133,7 @@ class GuardsRecipe(Section):
     pictures: Policy = "warn"
     gradient: Policy = "warn"
     rounds: Policy = "warn"
+    kept: Policy = "warn"
     hacking: Policy = "warn"
 
 

@@ -312,6 +312,7 @@ def build(recipe: Recipe, say: Callable[[str], None], progress: Callable[[int, i
     model, dtype = load_base(recipe, device)
     method.check(model.denoiser())
     check_students(method, recipe, model)
+    remarks += [f"note: {note}" for note in method.warnings(model.denoiser())]
     for remark in remarks:
         say(remark)
     cache = open_cache(

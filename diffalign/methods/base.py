@@ -140,6 +140,10 @@ class Method(Generic[C]):
         """What a run should say at its start about these settings, a line each."""
         return []
 
+    def warnings(self, denoiser: Denoiser) -> list[str]:
+        """What it should say besides of these settings on the model's schedule."""
+        return []
+
     def build(self, family: Model) -> dict[str, nn.Module]:
         """Trained roles that are not adapters of the U-Net: heads, soft tokens, user embeddings."""
         return {}
@@ -180,6 +184,11 @@ class Method(Generic[C]):
     def online(self) -> bool:
         """Whether samples are made while training."""
         return type(self).collect is not Method.collect
+
+    @property
+    def samples(self) -> bool:
+        """Whether the model that is trained is sampled meanwhile, and so has to be sampled as it was made to be."""
+        return self.online
 
     def parts(self, phase: Phase) -> int:
         """Online methods: into how many updates one pass over the items of a round is cut."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..data.batch import Batch
 
 Time = Annotated[int, Field(ge=0)]
+DOMINANT = 0.5  # of the steps' weights; one that has more is told of
 AT_ONCE = 8  # pictures that are decoded and scored together
 
 
@@ -85,6 +86,8 @@ class RolloutMethod(Method[S], Generic[S]):
     needs = Needs(batch="prompt", draws=())
     phases: tuple[Phase, ...] = (Phase("policy", ("student",), "updates", "round"),)
     likelihood: bool = True
+    evens: ClassVar[str] = "method.spacing=trailing with method.skip_last=true leaves the widest out"
+    """What a person may do where one step outweighs all others."""
 
     def repeats(self, phase: Phase) -> int:
         return self.config.updates * self.config.epochs
@@ -129,6 +132,20 @@ class RolloutMethod(Method[S], Generic[S]):
                 "no step of this sampler has a likelihood to train by: a student's last step adds no noise; give "
                 "method.timesteps two or more, or method.skip_last=false"
             )
+
+    def scales(self, denoiser: Denoiser) -> Tensor:
+        """What the densities of each step are multiplied by, fp32 (K,) on the CPU."""
+        return torch.ones(len(self.policy(denoiser)), device="cpu")
+
+    def warnings(self, denoiser: Denoiser) -> list[str]:
+        trained, policy = self.trained_steps(denoiser), self.policy(denoiser)
+        if not self.likelihood or len(trained) < 2:
+            return []
+        weights = (policy.weights(denoiser) * self.scales(denoiser)).square()[trained]
+        share, widest = float(weights.max() / weights.sum()), policy.times[trained[int(weights.argmax())]]
+        if share <= DOMINANT:
+            return []
+        return [f"the step at time {widest} has {share:.0%} of the weight of all steps in what is learnt; {self.evens}"]
 
     def sampling(self, scheduler: Mapping[str, Any]) -> SamplingRecord | None:
         """A few-step student is sampled as it is trained; a many-step one as its base."""

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tiny import SD_SCHEDULE
 from torch import Tensor
 from world import Rows, batch_of, make_trainer, small_clip, stirred, warm
 
 from diffalign.errors import UserError
+from diffalign.facts import Facts, student_record
 from diffalign.guards import Guards
 from diffalign.methods.online.draft import DRaFT, DRaFTConfig
-from diffalign.recipe import GuardsRecipe
+from diffalign.recipe import GuardsRecipe, load_recipe
+from diffalign.students import check_students
 from diffalign.trainer import Trainer
 
 REWARD = f"pickscore={small_clip()}"
@@ -102,6 +107,16 @@ def test_a_guard_looks_on_and_tells_of_hacking() -> None:
         for step in (*usual, (reward, guard)):
             alarms = guards.logged({"reward": step[0], "guard_score": step[1]})
         assert [(a.guard, a.policy) for a in alarms] == ([("hacking", "stop")] if fires else [])
+
+
+def test_a_few_step_student_is_refused(tmp_path: Path) -> None:
+    """It would be sampled in many steps, at times that it never saw."""
+    record = student_record(SD_SCHEDULE, [999, 749, 499, 249])
+    (tmp_path / "diffalign.json").write_text(Facts(sampling=record).text())
+    model: Any = SimpleNamespace(scheduler_config=SD_SCHEDULE)
+    with pytest.raises(UserError, match=r"'draft' samples in many steps, but the student .*; take a many-step model"):
+        check_students(DRaFT(DRaFTConfig()), load_recipe("tiny/draft", [f"model.start={tmp_path}"]), model)
+    check_students(DRaFT(DRaFTConfig()), load_recipe("tiny/draft"), model)
 
 
 def test_what_cannot_be_climbed_is_refused() -> None:

@@ -18,7 +18,7 @@ from diffalign.data.source import Source
 from diffalign.denoiser import Denoiser
 from diffalign.errors import UserError
 from diffalign.guards import Guards
-from diffalign.methods.online.spo import SPO, SPOConfig, choose, margin_weights, survivors
+from diffalign.methods.online.spo import SPO, SPOConfig, choose, survivors
 from diffalign.recipe import GuardsRecipe, ValidateRecipe
 from diffalign.rollouts import Rollouts
 from diffalign.trainer import Trainer
@@ -68,7 +68,7 @@ def test_the_weights_of_steps_are_the_sheets() -> None:
     """C.1, and GradSPO's and equal weights as factors of the log-ratios."""
     denoiser = make_trainer(SPO(SPOConfig(reward=f"spm={small_clip()}"))).ctx.denoiser
     spo = {kind: SPO(SPOConfig(time_weight=kind)) for kind in ("none", "equal", "gradspo")}
-    found = margin_weights(spo["none"].policy(denoiser), denoiser)
+    found = spo["none"].policy(denoiser).weights(denoiser)
     assert found.tolist() == pytest.approx(WEIGHTS, abs=6e-4)
     assert (found * spo["gradspo"].scales(denoiser)).tolist() == pytest.approx(ROOTS, abs=6e-4)
     assert (found * spo["equal"].scales(denoiser)).tolist() == pytest.approx([1.0] * 20, abs=1e-6)
@@ -195,7 +195,7 @@ def test_the_margin_of_one_state_is_linear_in_eps(kind: str) -> None:
     std = policy.stds(denoiser)[k].view(-1, 1, 1, 1)
     z = (batch.latents["x_won"] - batch.latents["x_lost"]) / std
     field = torch.linspace(-1, 1, z[0].numel()).view(z[0].shape)
-    weight = denoiser.sigma(batch.columns["t"]).flatten() if kind == "gradspo" else margin_weights(policy, denoiser)[k]
+    weight = denoiser.sigma(batch.columns["t"]).flatten() if kind == "gradspo" else policy.weights(denoiser)[k]
     torch.testing.assert_close(margins[1], -10 * weight * (field * z).mean((1, 2, 3)), rtol=1e-3, atol=1e-5)
 
 
@@ -233,12 +233,25 @@ def test_a_round_without_a_pair_goes_on_is_counted_and_warned_of() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True)) and trainer.step == 2
     values = trainer.meter.read(trainer.reduce)
     assert values["rounds_empty"] == 1.0 and values["kept"] == 0.0 and values["idle"] == 1.0
-    (alarm,) = Guards(GuardsRecipe()).logged(values)
-    assert alarm.guard == "rounds" and alarm.policy == "warn" and "left nothing to learn" in alarm.text
+    alarm, few = Guards(GuardsRecipe()).logged(values)
+    assert (
+        few.guard == "kept"
+        and alarm.guard == "rounds"
+        and alarm.policy == "warn"
+        and "left nothing to learn" in alarm.text
+    )
     trainer.ctx.rewards = {"spm": Judge()}
     warm(trainer, 1)
     assert not all(torch.equal(a, b) for a, b in zip(before, weights(trainer), strict=True))
     assert trainer.meter.read(trainer.reduce)["rounds_empty"] == 0.0
+
+
+def test_a_threshold_that_picks_next_to_none_or_all_is_told_of() -> None:
+    """Sheet, appendix H: below 5 % and above 95 %; with a threshold below 0 all pairs are kept on purpose."""
+    for share, said in ((0.04, "lower method.threshold"), (0.96, "raise it"), (0.06, ""), (0.94, "")):
+        alarms = Guards(GuardsRecipe()).logged({"kept": share})
+        assert [alarm.guard for alarm in alarms] == ["kept"] * bool(said) and all(said in a.text for a in alarms)
+    assert "kept" not in collected(make(Judge())).metrics and "kept" in collected(make(Judge(), threshold=0.0)).metrics
 
 
 def test_held_out_prompts_tell_the_best_step() -> None:

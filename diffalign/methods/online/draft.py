@@ -56,6 +56,10 @@ class DRaFT(Method[DRaFTConfig]):
         super().__init__(config)
         self.needs = replace(type(self).needs, reference=config.anchor > 0)
 
+    @property
+    def samples(self) -> bool:
+        return True
+
     def rewards(self) -> str:
         return ",".join(filter(None, (self.config.reward, self.config.guard)))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...denoiser import Denoiser, Step, log_prob
 from ...errors import UserError
-from ...rollouts import Policy, Rollouts, Taken, Walk
+from ...rollouts import Rollouts, Taken, Walk
 from ..base import Loss, Needs, Paper, Phase
 from ..rollout import AT_ONCE, RolloutMethod, SamplerConfig, clipped_pair_loss, pair_bounds, step_kl
 
@@ -64,19 +64,6 @@ def choose(scores: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     return won, lost, (torch.tanh(gap / 2) > threshold).float()
 
 
-def margin_weights(policy: Policy, denoiser: Denoiser) -> Tensor:
-    """|a| / std of each step, fp32 (K,) on the CPU, with a the slope of the step's mean in eps.
-
-    Of a pair from one state, log r_w - log r_l = (a / std) mean[(eps - eps_base) (z_w - z_l)], z the steps' noises: it
-    is what this pair weighs. 0 where a step has no noise."""
-    t, s = torch.tensor(policy.times), torch.tensor(policy.ends)
-    zeros = torch.zeros(len(policy), 1, 1, 1)
-    means = [policy.step(denoiser, denoiser.from_eps(e, zeros, t), zeros, t, s).mean for e in (zeros, zeros + 1)]
-    std = policy.stds(denoiser)
-    slope = (means[1] - means[0]).flatten().abs()
-    return torch.where(std > 0, slope / std, torch.zeros_like(std))
-
-
 class SPO(RolloutMethod[SPOConfig]):
     """From ``start_step`` on every step makes a pool of next states from one state. A step-aware preference model
     scores the picture that each of them leads to by the network's own x0; the best and the worst are the pair, where
@@ -97,6 +84,7 @@ class SPO(RolloutMethod[SPOConfig]):
         "train.max_grad_norm says so; one call serves a pair of one state",
     )
     needs = Needs(batch="prompt", draws=(), reward=True, scores_only=True, decode=True)
+    evens = "method.time_weight=equal weighs all steps alike"
 
     def notes(self) -> list[str]:
         config = self.config
@@ -149,17 +137,18 @@ class SPO(RolloutMethod[SPOConfig]):
             "preference": torch.stack(means).mean(0),
             "reward": means[-1],
             "preference_spread": torch.stack(spreads).mean(0),
-            "kept": torch.stack(list(shares.values())).mean(0),
             **shares,
         }
+        if config.threshold >= 0:  # else all pairs are
+            metrics["kept"] = torch.stack(list(shares.values())).mean(0)
         return pairs.rollouts(prompts, metrics, config.segment > 1)
 
     def scales(self, denoiser: Denoiser) -> Tensor:
         """What the log-ratios of each step are multiplied by, fp32 (K,) on the CPU."""
         policy, kind = self.policy(denoiser), self.config.time_weight
-        weights = margin_weights(policy, denoiser)
         if kind == "none":
-            return torch.ones_like(weights)
+            return super().scales(denoiser)
+        weights = policy.weights(denoiser)
         wanted = torch.ones_like(weights) if kind == "equal" else denoiser.sigma(torch.tensor(policy.times)).flatten()
         return torch.where(weights > 0, wanted / weights, torch.zeros_like(weights))
 

@@ -178,7 +178,7 @@ def _run(
         images = pipeline(
             **text.rows([job.index for job in batch]),
             latents=noise.to(pipeline.device, pipeline.unet.dtype),
-            generator=[_step_noise(job.seed, job.prompt.id, job.draw) for job in batch],
+            generator=[step_noise(job.seed, job.prompt.id, job.draw) for job in batch],
             height=height,
             width=width,
             **options,
@@ -304,7 +304,7 @@ def _recorded(record: SamplingRecord, predict: Predict, noise: Tensor, keys: Seq
         **({"timesteps": call["timesteps"]} if "timesteps" in call else {"num_inference_steps": record.steps})
     )
     known = inspect.signature(scheduler.step).parameters
-    options = {"generator": [_step_noise(*key) for key in keys], "eta": record.eta}
+    options = {"generator": [step_noise(*key) for key in keys], "eta": record.eta}
     options = {name: value for name, value in options.items() if name in known}
     x = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
@@ -329,7 +329,7 @@ def _chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield part
 
 
-def _step_noise(seed: int, name: str, draw: int) -> torch.Generator:
+def step_noise(seed: int, name: str, draw: int) -> torch.Generator:
     """For schedulers that add noise at each step; on the CPU, so that every device draws the same."""
     key = generator(seed, "sample-steps", name, draw).integers(2**31)
     return torch.Generator("cpu").manual_seed(int(key))

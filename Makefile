@@ -2,6 +2,7 @@
 #   make demo       the whole story on the tiny models
 #   make test-8bit       quantised bases and the 8-bit optimiser, with bitsandbytes on the CPU, in .venv-8bit
 #   make test-openclip   the extras [openclip], [fid] and [lpips] against their packages, in .venv-openclip
+#   make test-browser    the labelling page in a headless browser: needs a `chromium` or `google-chrome` on the PATH
 #   make test       the default tests          make test-slow   the long ones, all
 #   make test-faults  of these the fault campaign: 100 kills, full disks, damaged files, 10,000 mutated recipes
 #   make lint       ruff and mypy              make index       rewrite the list of methods
@@ -12,7 +13,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-openclip test-8bit demo lint assets index
+.PHONY: help install test test-slow test-openclip test-8bit test-browser demo lint assets index
 
 PYTHON ?= python3
 TORCH_INDEX ?=
@@ -35,7 +36,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "installing torch"
 	@$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch setuptools
 	@echo "installing diffalign and what it needs"
-	@$(PIP) --no-build-isolation -e '.[test,dev,tensorboard]'
+	@$(PIP) --no-build-isolation -e '.[test,dev,tensorboard,label]'
 	@touch $@
 
 # One thread a worker: the tests' tensors are too small to share. Work is stolen, so that a file's tests, and what they
@@ -70,6 +71,9 @@ test-8bit: $(EIGHT)/.installed
 
 test-openclip: $(EXTRAS)/.installed
 	@OMP_NUM_THREADS=1 $(EXTRAS)/bin/python -m pytest tests/test_eval_openclip.py tests/test_eval_extras.py $(PYTEST_ARGS)
+
+test-browser: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -rs tests/test_label_browser.py $(PYTEST_ARGS)
 
 test-faults: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -rA --durations=0 tests/test_faults*.py $(PYTEST_ARGS)

@@ -17,7 +17,7 @@ from ..errors import Note, RunError, UserError
 
 # help shows the commands in this order
 # isort: off
-from . import train, judge, export, pairs, makes, lists, doctor, demo, bench  # noqa: F401
+from . import train, judge, export, pairs, makes, label, lists, doctor, demo, bench  # noqa: F401
 
 # isort: on
 from .common import app, is_main

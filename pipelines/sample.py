@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -44,6 +44,7 @@ __all__ = ["SampleSpec", "grid", "sample", "sample_model", "to_images"]
 T = TypeVar("T")
 
 MANIFEST, SETTINGS, IMAGES = "manifest.jsonl", "sample.json", "images"
+SEARCHED, FOUND = "search.jsonl", "diffalign-search"  # what searches took: in a file, and in each picture
 ENCODED_TOGETHER = 32  # prompts through the text encoder at once
 EMBEDS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
@@ -89,7 +90,8 @@ def sample(
     """Samples ``spec.per_prompt`` images a prompt and seed into ``out``; returns the path of ``out/manifest.jsonl``.
 
     The noise of an image depends on (seed, prompt id, draw) alone: it is the same for every model, batch size and list
-    of prompts. Settings that are None are taken from the model's record. A run that was stopped goes on from the images
+    of prompts. With a search it is the best picture that was found, and ``search.jsonl`` says what that took. Settings
+    that are None are taken from the model's record. A run that was stopped goes on from the images
     that are there, and ends with the same bytes; so does one whose batches several processes share under a launcher.
     ``set_name``: what the list of prompts is called.
 
@@ -157,8 +159,11 @@ def _run(
     record: SamplingRecord | None,
 ) -> None:
     """Batches and text groups are cut from the whole list, so that a resumed run computes what the first would have."""
+    from .searches.diffusion import reward_of
+
     assert spec.guidance is not None
     texts = [p.prompt for p in prompts]
+    reward = reward_of(spec.reward, str(pipeline.device)) if spec.reward else None
     guided = max(spec.guidance, spec.base_guidance or 0) > 1
     text = TextCache(pipeline, texts, spec.negative_prompt, guided, spec.long_prompts)
     height, width = size
@@ -174,6 +179,10 @@ def _run(
         wanted = [job for job in batch if job.file in missing]
         if not wanted:
             continue
+        if reward is not None:
+            searched(spec, pipeline, batch, missing, text, reward, size, out, record)
+            advance(len(wanted))
+            continue
         noise = torch.stack([normal(shape, job.seed, "sample", job.prompt.id, job.draw) for job in batch])
         images = pipeline(
             **text.rows([job.index for job in batch]),
@@ -187,6 +196,45 @@ def _run(
             if job.file in missing:
                 _save(image, out / job.file, job.key)
         advance(len(wanted))
+
+
+def searched(
+    spec: SampleSpec,
+    pipeline: DiffusionPipeline,
+    jobs: Sequence[Job],
+    missing: set[str],
+    text: TextCache,
+    reward: Any,
+    size: tuple[int, int],
+    out: Path,
+    record: SamplingRecord | None,
+) -> None:
+    """The best picture of each job by the reward, saved where it is missing. By Ctrl-C the best so far are saved, but
+    not as finished ones."""
+    from .searches.diffusion import DiffusionWorld
+    from .searches.options import parse_search
+    from .searches.run import search
+
+    assert spec.steps is not None and spec.guidance is not None and spec.budget is not None
+    how = parse_search(str(spec.search))
+    world = DiffusionWorld(
+        pipeline,
+        [job.prompt.prompt for job in jobs],
+        [(job.seed, job.prompt.id) for job in jobs],
+        text.rows([job.index for job in jobs]),
+        reward,
+        size=size,
+        steps=spec.steps,
+        guidance=spec.guidance,
+        eta=how.eta,
+        record=record,
+    )
+    found = search(world, how, spec.budget, spec.batch)
+    for job, one in zip(jobs, found, strict=True):
+        if one.picture is not None and job.file in missing:
+            _save(one.picture, out / job.file, "" if one.interrupted else job.key, one.json())
+    if any(one.interrupted for one in found):
+        raise KeyboardInterrupt
 
 
 def begun_by_base(pipeline: DiffusionPipeline, record: SamplingRecord, spec: SampleSpec) -> DiffusionPipeline:
@@ -349,7 +397,8 @@ def _settings(
     spec: SampleSpec, opened: Opened, size: tuple[int, int], dtype: torch.dtype, record: SamplingRecord | None
 ) -> dict[str, object]:
     """What decides the pixels: two folders with equal ``settings`` hold equal images under equal names."""
-    settings = {name: value for name, value in asdict(spec).items() if value is not None or name[:5] != "base_"}
+    optional = {"base_first", "base_steps", "base_guidance", "search", "reward", "budget"}
+    settings = {name: value for name, value in asdict(spec).items() if value is not None or name not in optional}
     for name in ("batch", "device", "per_prompt", "model", "lora", "revision", "variant"):
         del settings[name]
     if opened.lora is None:
@@ -399,19 +448,28 @@ def _finished(out: Path, job: Job) -> bool:
         return False
 
 
-def _save(image: Image.Image, file: Path, key: str) -> None:
+def _save(image: Image.Image, file: Path, key: str, search: dict[str, Any] | None = None) -> None:
     info = PngInfo()
     info.add_text("diffalign", key)
+    if search is not None:
+        info.add_text(FOUND, json.dumps(search))
     partial = file.with_suffix(".partial")
     image.save(partial, "PNG", pnginfo=info)
     os.replace(partial, file)
 
 
 def _list(out: Path, jobs: Sequence[Job]) -> int:
-    """Writes the manifest of the finished images; returns their number."""
-    rows = [json.dumps(job.row(), ensure_ascii=False) for job in jobs if _finished(out, job)]
-    _write(out / MANIFEST, "".join(row + "\n" for row in rows))
-    return len(rows)
+    """Writes the manifest of the finished images, and what their searches took; returns their number."""
+    done = [job for job in jobs if _finished(out, job)]
+    _write(out / MANIFEST, "".join(json.dumps(job.row(), ensure_ascii=False) + "\n" for job in done))
+    took = []
+    for job in done:
+        with Image.open(out / job.file) as image:
+            if FOUND in image.info:
+                took.append({"id": job.prompt.id, "seed": job.seed, "image": job.file, **json.loads(image.info[FOUND])})
+    if took:
+        _write(out / SEARCHED, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in took))
+    return len(done)
 
 
 def _write(file: Path, text: str) -> None:

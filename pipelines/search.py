@@ -145,8 +145,6 @@ class SearchPipeline(DiffusionPipeline):
         negative_prompt: str | None = None,
         height: int | None = None,
         width: int | None = None,
-        eta: float = 1.0,
-        draw_eta: float = 0.0,
         seed: int = 0,
         ids: Sequence[str] | None = None,
         batch: int = 8,
@@ -158,10 +156,9 @@ class SearchPipeline(DiffusionPipeline):
             reward: a scorer's name (``name=PATH`` for weights of your own), a scorer, or any function of pictures
                 (PIL) and their prompts that gives a number each; the higher the better.
             search: ``best-of-n``, ``beam``, ``greedy`` or ``tree``, with settings as ``beam:beams=4,children=2``, or
-                the options of `searches.options`.
+                the options of `searches.options`. Beam, greedy and tree draw by DDIM steps that add noise, best-of-n by
+                the pipeline's own scheduler.
             num_inference_steps, guidance_scale: those of a student's record, else 25 and 7.5.
-            eta: share of new noise in the steps of beam, greedy and tree, which are DDIM's.
-            draw_eta: that of best-of-n, where the scheduler takes one; else best-of-n is the plain pipeline.
             seed: decides everything, with the prompts' ids: the texts' hashes, or ``ids``.
             batch: pictures that go through the networks at once; it changes no result, but for rounding.
 
@@ -195,8 +192,7 @@ class SearchPipeline(DiffusionPipeline):
             size=size,
             steps=steps,
             guidance=guidance,
-            eta=eta,
-            draw_eta=draw_eta,
+            eta=how.eta,
             record=record,
         )
         with self.progress_bar(total=budget * len(texts)) as bar:

@@ -87,7 +87,10 @@ class SampleSpec(Sampling):
     """What to sample: a model, perhaps with a LoRA of weight ``lora_scale``; and how.
 
     ``base_first``: so many of a few-step student's steps are made by its base instead, which makes ``base_steps`` over
-    the whole schedule under ``base_guidance`` (diversity distillation; see `few_step.FewStepPipeline`)."""
+    the whole schedule under ``base_guidance`` (diversity distillation; see `few_step.FewStepPipeline`).
+
+    ``search``: a search of `searches.options`, as text, for the picture that ``reward`` (a scorer's name) scores
+    highest, with ``budget`` U-Net calls a picture; a guided step counts two."""
 
     model: str
     lora: str | None = None
@@ -95,6 +98,9 @@ class SampleSpec(Sampling):
     base_first: int | None = None
     base_steps: int | None = None
     base_guidance: float | None = None
+    search: str | None = None
+    reward: str | None = None
+    budget: int | None = None
 
     def check(self) -> None:
         super().check()
@@ -106,6 +112,35 @@ class SampleSpec(Sampling):
                 raise UserError(f"{name} must be at least {least}, not {value:g}")
             if value is not None and self.base_first is None:
                 raise UserError(f"{name} is for pictures that the base begins; give base_first too")
+        self._check_search()
+
+    def _check_search(self) -> None:
+        """UserError for a search that is not whole, or for what does not go with one."""
+        given = {name: getattr(self, name) is not None for name in ("search", "reward", "budget")}
+        if not any(given.values()):
+            return
+        missing = [name for name, there in given.items() if not there]
+        if missing:
+            raise UserError(f"a search needs --search, --reward and --budget together; {', '.join(missing)} is missing")
+        from ..eval.scorers import parse_scorers
+        from .searches.options import parse_search
+
+        how = parse_search(str(self.search))
+        if len(parse_scorers(str(self.reward))) > 1:
+            raise UserError(f"--reward {self.reward}: a search goes by one scorer; name one")
+        if self.budget is not None and self.budget < 1:
+            raise UserError(f"--budget must be at least 1, not {self.budget}")
+        if self.per_prompt > 1:
+            raise UserError(
+                "a search gives one picture a prompt and seed; leave --per-prompt out, or give several seeds"
+            )
+        if self.base_first is not None:
+            raise UserError("base_first does not go with a search; leave one of them out")
+        if how.noisy and self.scheduler not in {None, "ddim", RECORDED}:
+            raise UserError(
+                f"search '{how.name}' draws by DDIM steps that add noise; leave --scheduler {self.scheduler} out, or "
+                "take best-of-n"
+            )
 
     def filled(self, record: SamplingRecord | None) -> Self:
         found = super().filled(record)

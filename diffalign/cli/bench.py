@@ -115,3 +115,60 @@ def bench_methods(
         print(f"report: {folder / 'report.html'}")
     if report.failed:
         raise typer.Exit(1)
+
+
+@bench.command("search")
+def bench_search(
+    model: Annotated[str, typer.Option(help="A diffusers folder, hub id or built-in name.")] = "tiny-sd",
+    reward: Annotated[str, typer.Option(help="The scorer that is searched for.")] = "tiny-pickscore",
+    judge: Annotated[str, typer.Option(help="The scorer that only judges.")] = "oracle",
+    prompts: Annotated[str, typer.Option(help="A prompt file or built-in set.")] = "tiny-heldout",
+    limit: Annotated[int | None, typer.Option(help="The first so many prompts.", min=1)] = None,
+    budget: Annotated[str, typer.Option(help="U-Net calls a prompt, as 80,160; a guided step counts two.")] = (
+        "80,160,320"
+    ),
+    search: Annotated[
+        list[str] | None,
+        typer.Option(help="Again for several, as beam:beams=4; the others are compared with the first. Default: all."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Sampling steps.", min=2)] = 10,
+    guidance: Annotated[float, typer.Option(help="Guidance; 1 or less: none.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Keys every draw.", min=0)] = 0,
+    folder: Annotated[Path, typer.Option("--out", help="Results; what is there is not run again.")] = Path(
+        "runs/bench-search"
+    ),
+    batch: BatchSize = 32,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Best-of-N, greedy, beam and tree search at equal U-Net calls on the same prompts: reward, judge and cost."""
+    from ..bench.search import SEARCHES, Plan, measure_search
+    from ..errors import UserError
+
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if not all(part.isdigit() for part in names(budget)):
+        raise UserError(f"--budget {budget}: give whole numbers, as 80,160,320")
+    plan = Plan(
+        out=folder,
+        model=model,
+        reward=reward,
+        judge=judge,
+        prompts=prompts,
+        limit=limit,
+        budgets=tuple(int(part) for part in names(budget)),
+        searches=tuple(search or SEARCHES),
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        batch=batch,
+        device=device,
+        dtype=dtype,
+        say=say,
+    )
+    report = measure_search(plan)
+    print(json.dumps(report.json(), indent=1)) if as_json else report.render(out())
+    if not as_json:
+        print(f"report: {folder / 'report.html'}")

@@ -40,6 +40,14 @@ def sample(
         int | None, typer.Option(help="With --base-first: the base's steps over the whole schedule; 20.", min=1)
     ] = None,
     base_guidance: Annotated[float | None, typer.Option(help="With --base-first: the base's guidance; 7.")] = None,
+    search: Annotated[
+        str | None,
+        typer.Option(help="Best picture by --reward: best-of-n, beam, greedy or tree; settings as beam:beams=4."),
+    ] = None,
+    reward: Annotated[str | None, typer.Option(help="With --search: a scorer, or name=PATH.")] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="With --search: U-Net calls a picture; a guided step counts two.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Sample images for prompts: the same noise for every model; resumes image by image."""
@@ -48,7 +56,8 @@ def sample(
     from ..pipelines.sample import sample as run_sample
 
     begun: dict[str, Any] = {"base_first": base_first, "base_steps": base_steps, "base_guidance": base_guidance}
-    spec = SampleSpec(model, lora, lora_scale, **begun, **sampling)
+    wanted: dict[str, Any] = {"search": search, "reward": reward, "budget": budget}
+    spec = SampleSpec(model, lora, lora_scale, **begun, **wanted, **sampling)
     print(run_sample(spec, read_prompts(prompts), to, progress=not quiet, set_name=set_name(prompts)))
 
 

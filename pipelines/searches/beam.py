@@ -14,8 +14,6 @@ from collections.abc import Generator
 from itertools import count
 from typing import Any
 
-from torch import Tensor
-
 from .core import Judge, Judged, Outputs, Request, Search, States, Task, World
 from .options import Beam, Greedy
 
@@ -75,7 +73,7 @@ def beam_pass(task: Task, how: Beam, draws: range) -> Search:
         yield Outputs(states)
         if judges(world, how, k):
             ahead = yield from look_ahead(task, how, states)
-            rewards = (yield Judge(ahead, world.policy.times[k])).rewards
+            rewards = (yield Judge(world.clean(ahead), world.policy.times[ahead.k])).rewards
             best = sorted(range(len(states)), key=lambda i: -rewards[i])[: how.beams]
             states = states.take(sorted(best))
         states = task.step(states.fork(how.children if forks(world, how, k) else 1))
@@ -83,15 +81,15 @@ def beam_pass(task: Task, how: Beam, draws: range) -> Search:
     task.offer(judged)
 
 
-def look_ahead(task: Task, how: Beam, states: States) -> Generator[Request, Any, Tensor]:
-    """Clean latents (N, C, h, w) at the end of ``lookahead`` noiseless steps."""
+def look_ahead(task: Task, how: Beam, states: States) -> Generator[Request, Any, States]:
+    """Where noiseless steps lead, before the last of ``lookahead``."""
     world, path = task.world, way(task.world, how, states.k)
     for goal in path[1:]:
         assert states.output is not None
         t, s = (world.times(world.policy.times[k], len(states)) for k in (states.k, goal))
         states = States(world.denoiser.ddim_step(states.output, states.x, t, s).sample, goal, states.names)
         yield Outputs(states)
-    return world.clean(states)
+    return states
 
 
 def greedy(task: Task, how: Greedy) -> Search:

@@ -34,7 +34,7 @@ class DiffusionWorld(World):
         reward: a scorer, or any function of pictures and prompts.
         size: (height, width) in pixels.
         steps, guidance: as the pipeline takes them; guidance 1 or less is none.
-        eta: share of new noise in a step of a search; of the ordinary sampler, where it takes one, ``draw_eta``.
+        eta: share of new noise in a step of a search, and of the ordinary sampler where it takes one.
         record: of a few-step student.
     """
 
@@ -49,8 +49,7 @@ class DiffusionWorld(World):
         size: tuple[int, int],
         steps: int,
         guidance: float,
-        eta: float = 1.0,
-        draw_eta: float = 0.0,
+        eta: float,
         record: SamplingRecord | None = None,
     ) -> None:
         config = {**pipe.scheduler.config, "_class_name": type(pipe.scheduler).__name__}
@@ -66,7 +65,7 @@ class DiffusionWorld(World):
         if record is not None:
             self.call = record.call(steps, guidance)
         elif "eta" in inspect.signature(pipe.scheduler.step).parameters:
-            self.call["eta"] = draw_eta
+            self.call["eta"] = eta
         times = self.call.get("timesteps")
         pipe.scheduler.set_timesteps(**({"timesteps": times} if times else {"num_inference_steps": steps}))
         self.draw_steps = len(pipe.scheduler.timesteps)  # some schedulers ask the network more than once a step
@@ -136,9 +135,9 @@ class DiffusionWorld(World):
 def policy_of(
     denoiser: Denoiser, config: Mapping[str, Any], steps: int, eta: float, record: SamplingRecord | None
 ) -> Policy:
-    """The steps that add noise. Those of a deterministic student add none (eta 0), nor do those of a student whose
-    scheduler chooses the times: it can only be drawn from."""
-    if record is None:
+    """The steps that add noise: DDIM's over the scheduler's ``config``, or those of a few-step student's times. A
+    deterministic student's add none (eta 0), nor do those of a scheduler that cannot be followed."""
+    if record is None or (record.timesteps is None and record.scheduler == "DDIMScheduler"):
         spacing, offset = config.get("timestep_spacing", "leading"), config.get("steps_offset", 0)
         times = denoiser.timesteps(steps, spacing, offset).tolist()
         return Policy(*few_steps(times), eta=eta)

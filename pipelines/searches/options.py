@@ -12,12 +12,14 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class SearchOptions(BaseModel):
-    """Settings of a search; those of each are its fields."""
+    """Settings of a search; those of each are its fields. ``eta``: share of new noise in a step of DDIM."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: ClassVar[str]
     noisy: ClassVar[bool] = True  # whether it lives on steps that add noise
+
+    eta: Annotated[float, Field(ge=0, le=1)] = 1.0
 
     def text(self) -> str:
         """As `parse_search` reads it."""
@@ -26,10 +28,13 @@ class SearchOptions(BaseModel):
 
 
 class BestOfN(SearchOptions):
-    """N pictures by the model's ordinary sampler, the best one kept; N is what the budget holds."""
+    """N pictures by the model's ordinary sampler, the best one kept; N is what the budget holds. ``eta`` is for
+    schedulers that take one."""
 
     name: ClassVar[str] = "best-of-n"
     noisy: ClassVar[bool] = False
+
+    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
 class Beam(SearchOptions):
@@ -58,7 +63,7 @@ class Greedy(SearchOptions):
 
     def beam(self) -> Beam:
         """The beam search that it is."""
-        return Beam(beams=1, children=self.children, start=self.start, every=self.every)
+        return Beam(eta=self.eta, beams=1, children=self.children, start=self.start, every=self.every)
 
 
 class Tree(SearchOptions):

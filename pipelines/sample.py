@@ -127,7 +127,11 @@ def sample(
     batches = list(_chunks(jobs, spec.batch))[ranks.rank :: ranks.world]
     missing = {job.file for batch in batches for job in batch if not _finished(out, job)}
     try:
-        with progress_bar("sampling", len(missing), enabled=progress and ranks.main) as advance:
+        total, label, unit = len(missing), "sampling", "images"
+        if spec.budget is not None:
+            total = spec.budget * sum(len(batch) for batch in batches if any(job.file in missing for job in batch))
+            label, unit = "searching", "calls"
+        with progress_bar(label, total, unit, enabled=progress and ranks.main) as advance:
             _run(spec, opened.pipeline, prompts, batches, missing, size, out, advance, record)
     except KeyboardInterrupt as error:
         done = _list(out, jobs) if ranks.main else 0
@@ -180,8 +184,7 @@ def _run(
         if not wanted:
             continue
         if reward is not None:
-            searched(spec, pipeline, batch, missing, text, reward, size, out, record)
-            advance(len(wanted))
+            searched(spec, pipeline, batch, missing, text, reward, size, out, advance, record)
             continue
         noise = torch.stack([normal(shape, job.seed, "sample", job.prompt.id, job.draw) for job in batch])
         images = pipeline(
@@ -207,6 +210,7 @@ def searched(
     reward: Any,
     size: tuple[int, int],
     out: Path,
+    advance: Callable[[int], None],
     record: SamplingRecord | None,
 ) -> None:
     """The best picture of each job by the reward, saved where it is missing. By Ctrl-C the best so far are saved, but
@@ -229,7 +233,8 @@ def searched(
         eta=how.eta,
         record=record,
     )
-    found = search(world, how, spec.budget, spec.batch)
+    found = search(world, how, spec.budget, spec.batch, advance)
+    advance(spec.budget * len(jobs) - sum(one.calls for one in found))
     for job, one in zip(jobs, found, strict=True):
         if one.picture is not None and job.file in missing:
             _save(one.picture, out / job.file, "" if one.interrupted else job.key, one.json())

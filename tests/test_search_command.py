@@ -158,4 +158,4 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for cell in code[1:]:
         exec("".join(cell["source"]), names)
     assert set(names["found"]) == {"best-of-n", "greedy:children=4", "beam:beams=2,children=2", "tree"}
-    assert len(names["report"].lines) == 5
+    assert len(names["report"].lines) == 4

@@ -21,7 +21,7 @@ from ..eval.prompts import Prompt, prompts_sha256, read_prompts, set_name
 from ..pipelines.searches.options import Beam, Greedy, SearchOptions, parse_search
 from .search_report import Cell, SearchReport, page, picture_name
 
-SEARCHES = ("best-of-n", "best-of-n:eta=1", "greedy", "beam", "tree")
+SEARCHES = ("best-of-n", "greedy", "beam", "tree")
 TOGETHER = 25  # prompts that are searched at once
 
 
@@ -103,7 +103,7 @@ class Bench:
         self.pipe: Any = opened.pipeline
         self.reward, self.judge = (load_scorer(name, None, device.type) for name in (plan.reward, plan.judge))
         self.judge.check_prompts([p.prompt for p in prompts])
-        self.known = {**plan.settings(), **opened.hashes, "reward": self.reward.fingerprint_id}
+        self.known = {**plan.settings(), **opened.hashes, "prompts": plan.prompts, "scorer": self.reward.fingerprint_id}
 
     def world(self, how: SearchOptions, prompts: Sequence[Prompt]) -> Any:
         """Some prompts as a search sees them."""

@@ -313,7 +313,8 @@ def serve(world: World, tasks: Sequence[Task], asked: dict[int, Any], batch: int
         ]
     rewards = [value for part in parts for value in part.rewards]
     pictures = [picture for part in parts for picture in part.pictures]
-    replies, at = {}, 0
+    replies: dict[int, Any] = {}
+    at = 0
     for row, request in asked.items():
         found, end = tasks[row].found, at + len(request)
         replies[row] = Judged(rewards[at:end], pictures[at:end])

@@ -154,7 +154,8 @@ def every(root: Node) -> list[Node]:
 def leaves(root: Node, temperature: float) -> list[tuple[Node, float]]:
     """Finished pictures and the chances that a walk down in proportion to exp(value / T) ends on them; they sum to
     1."""
-    found, inside = [], [(root, 1.0)]
+    found: list[tuple[Node, float]] = []
+    inside = [(root, 1.0)]
     while inside:
         node, chance = inside.pop()
         if node.reward is not None:

@@ -192,11 +192,11 @@ def estimate(
 def round_of(method: Method[Any], phase: Phase, shapes: Shapes, denoiser: Denoiser, prompts: int) -> RoundCost:
     """What the samples of a step take."""
     with torch.device(META):
-        prompt, uncond = empty_batch(method, phase, shapes, 1), shapes.cond(1)
-        if not prompt.latents:
-            prompt.latents = {"": torch.empty(1, *shapes.latents)}
+        batch, uncond = empty_batch(method, phase, shapes, prompts), shapes.cond(1)
+        if not batch.latents:
+            batch.latents = {"": torch.empty(prompts, *shapes.latents)}
     names = list(parse_scorers(method.rewards())) if method.needs.reward else []
-    return round_cost(method, phase, denoiser, prompt, uncond, names).times(prompts)
+    return round_cost(method, phase, denoiser, batch, uncond, names)
 
 
 def _largest_block(roles: Roles) -> int:

@@ -19,6 +19,7 @@ from diffalign.data.batch import Batch
 from diffalign.denoiser import Denoiser, log_prob
 from diffalign.families.schedulers import recorded_scheduler
 from diffalign.methods import make_method
+from diffalign.methods.rollout import step_kl
 from diffalign.rollouts import Policy, Rollouts, Walk, deal, few_steps, many_steps
 
 SD = Denoiser.from_config(SD_SCHEDULE)
@@ -152,6 +153,54 @@ def test_the_flow_sde_at_its_start_and_without_noise() -> None:
     torch.testing.assert_close(policy.step(flow, v, x, t, s, eta=0.0).mean, x - 0.1 * v, rtol=1e-5, atol=1e-5)
 
 
+# online sheet C.6: variance of unit data after each of ten steps (shift 3) under the exact velocity, but for the last
+CONTRACTED = {
+    ("flow", 0.7): [1.007, 0.992, 0.899, 0.800, 0.703, 0.613, 0.541, 0.507, 0.558],
+    ("flow", 0.0): [0.930, 0.855, 0.776, 0.694, 0.610, 0.532, 0.467, 0.437, 0.482],
+    ("cps", 0.7): [0.930, 0.854, 0.772, 0.684, 0.592, 0.499, 0.413, 0.353, 0.358],
+}
+FLOW = Denoiser.from_config({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
+TENTHS = tuple(range(999, 0, -100))
+
+
+@pytest.mark.parametrize(("kernel", "level"), CONTRACTED)
+def test_what_becomes_of_the_variance_of_flows(kernel: Any, level: float) -> None:
+    policy, variance, found = Policy(TENTHS, (*TENTHS[1:], -1), kernel, level), 1.0, []
+    one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for t, end in pairwise(TENTHS):
+        s = FLOW.sigma(t).double()
+        v = (2 * s - 1) / ((1 - s) ** 2 + s**2) * one
+        step = policy.step(FLOW, v, one, torch.tensor([t]), torch.tensor([end]))
+        variance = float(step.mean) ** 2 * variance + float(step.std) ** 2
+        found.append(variance)
+    assert found == pytest.approx(CONTRACTED[kernel, level], abs=6e-4)
+    if (kernel, level) == ("flow", 0.7):  # C.5
+        stds = [0.700, 0.738, 0.532, 0.442, 0.388, 0.350, 0.320, 0.291, 0.256]
+        assert policy.stds(FLOW)[:-1].tolist() == pytest.approx(stds, abs=6e-4) and policy.trainable(FLOW) == [
+            *range(9)
+        ]
+
+
+def test_dances_sde_is_flow_grpos_at_its_rate() -> None:
+    """D 38: with g = eta mean and std are the same; and D 37: what Flow-GRPO's code calls its KL is |ds| times ours."""
+    torch.manual_seed(0)
+    x, v, other = torch.randn(3, 1, 4, 2, 2, dtype=torch.float64)
+    t, end = torch.tensor([799]), torch.tensor([699])
+    s, ds = float(FLOW.sigma(799)), float(FLOW.sigma(699)) - float(FLOW.sigma(799))
+    dance, flow = (Policy((799, 699), (699, 599), kernel, 0.3) for kernel in ("dance", "flow"))
+    one = dance.step(FLOW, v, x, t, end)
+    two = flow.step(FLOW, v, x, t, end, eta=0.3 * ((1 - s) / s) ** 0.5)
+    torch.testing.assert_close(one.mean, two.mean)
+    torch.testing.assert_close(one.std, two.std)
+    assert float(one.std) == pytest.approx(0.3 * (-ds) ** 0.5, rel=1e-5)
+    base = dance.step(FLOW, other, x, t, end)
+    pair = (torch.distributions.Normal(m, one.std.expand_as(m)) for m in (one.mean, base.mean))
+    true = torch.distributions.kl_divergence(*pair).mean()
+    torch.testing.assert_close(step_kl(one.mean, base.mean, one.std)[0], true)
+    theirs = (one.mean - base.mean).square().mean() / (2 * 0.3**2)
+    torch.testing.assert_close(theirs, -ds * true, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize(("times", "ends"), [((1, 2), (0, 0)), ((), ()), ((5, 3), (3,)), ((5,), (5,))])
 def test_wrong_grids_are_refused(times: tuple[int, ...], ends: tuple[int, ...]) -> None:
     with pytest.raises(ValueError):
@@ -212,6 +261,26 @@ def test_forks_share_their_past_and_one_call() -> None:
     plain.step(), plain.step()
     plain.fork(1)
     assert plain.ids[0] == "row-0.0" and torch.equal(plain.x, parents), "one child is the plain walk"
+    assert plain.fork([1, 3, 1]) == [0, 1, 1, 1, 2] and plain.row == [0, 1, 1, 1, 2]
+    assert plain.ids == ["row-0.0", "row-1.0.0", "row-1.0.1", "row-1.0.2", "row-2.0"]
+
+
+def test_each_sample_may_have_a_noise_level_of_its_own() -> None:
+    """The steps of the same levels for all; without noise there is no density."""
+    for kernel, denoiser in (("ddim", SD), ("flow", FLOW), ("dance", FLOW), ("cps", FLOW)):
+        policy = Policy((799, 699), (699, 599), kernel, 1.0)  # type: ignore[arg-type]
+        torch.manual_seed(0)
+        x, v, noise = torch.randn(3, 3, 4, 2, 2)
+        t, s, levels = torch.full((3,), 799), torch.full((3,), 699), torch.tensor([0.0, 0.3, 0.9])
+        mixed = policy.step(denoiser, v, x, t, s, noise, levels)
+        for i, level in enumerate(levels.tolist()):
+            alone = policy.step(denoiser, v, x, t, s, noise, level)
+            torch.testing.assert_close(mixed.mean[i], alone.mean[i], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(mixed.std[i], alone.std[i], rtol=1e-4, atol=1e-5)
+    ctx, batch = world()
+    taken = Walk(ctx, batch, many(4)).step(torch.tensor([0.0, 1.0, 0.5]))
+    assert taken.log_prob is not None and taken.log_prob.isnan().tolist() == [True, False, False]
+    assert torch.equal(taken.x_s[0], taken.mean[0])
 
 
 def test_members_may_share_their_start_and_noise_may_be_left_out() -> None:

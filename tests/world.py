@@ -276,9 +276,12 @@ def every_method() -> list[Method[Any]]:
         "draft": {"reward": f"pickscore={small_clip()}", "steps": 3, "through": 2, "spread": 1.0, "guidance": 1.0},
         "capo": {"beta": 100.0},
         "ppd": {"beta": 100.0, "user_dropout": 0.25},
+        "agd": {"hidden": 8, "heads": 2, "steps": 4, "updates": 1},
         "dmd": {"regression_weight": 0.0},  # its rows are of `pairs teacher`
         "sid": {"timesteps": [999, 499], "start": "unit", "gan_weight": 0.1, "step_fake": True},
         "tdm": {"timesteps": [899, 449], "loss": "mse", "step_fake": True},  # pseudo-Huber makes a sign of rounding
+        "lcm": {"loss": "mse", "target_ema": 0.5},  # as TDM's
+        "pcm": {"loss": "mse", "gan_width": 8, "target_ema": 0.5},
         "distillation_dpo": {"timesteps": [999], "critic_steps": 1},
         "dmd2": {"timesteps": [999, 499], "critic_steps": 1, "gan_weight": 0.1, "gan_width": 8, "step_fake": True},
         "decoupled_dmd": {"timesteps": [999], "critic_steps": 1},
@@ -286,6 +289,9 @@ def every_method() -> list[Method[Any]]:
         "ddpo": {**SAMPLED, "clip": 0.2},
         "grpo": {**SAMPLED, "clip": 0.2, "kl": 0.1},
         "d3po": {**SAMPLED, "beta": 10.0},
+        "tree_rpo": {**SAMPLED, "steps": 3, "members": 1, "depth": 1, "clip": 0.2},
+        "pso_online": {**SAMPLED, "timesteps": [999, 499], "beta": 10.0},
+        "pso_pictures": {"timesteps": [999, 499], "beta": 100.0},
         "nft": {**SAMPLED, "share": 1.0},
         "dro": {"steps": 2, "updates": 2, "kept": 2},
         "diff_instruct": {"timesteps": [399], "reward": "tiny-pickscore", "reward_weight": 0.1},

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..denoiser import Denoiser, Step
 from ..errors import UserError
 from ..facts import SamplingRecord, student_record
-from ..rollouts import Policy, Walk, few_steps, many_steps, whole_picture
+from ..rollouts import FLOWS, Policy, Walk, few_steps, many_steps, whole_picture
 from .base import Method, MethodConfig, Needs, Phase
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class SamplerConfig(MethodConfig):
 
     steps: int = Field(20, ge=1, description="steps of the many-step sampler")
     timesteps: tuple[Time, ...] = Field((), description="times of a few-step student, falling, in place of steps")
-    sampler: Literal["ddim", "renoise", "flow"] = Field(
-        "ddim", description="DDIM with eta, x0 and new noise (LCM, DMD2), or the SDE of flow models with level eta"
+    sampler: Literal["ddim", "renoise", "flow", "dance", "cps"] = Field(
+        "ddim", description="DDIM with eta, x0 and new noise (LCM, DMD2), or of flow models an SDE of level eta, or CPS"
     )
     spacing: Literal["leading", "trailing", "linspace"] = Field("leading", description="spacing of the steps' times")
     offset: int = Field(1, ge=0, description="added to times of leading spacing (diffusers' steps_offset)")
@@ -86,6 +86,8 @@ class RolloutMethod(Method[S], Generic[S]):
     needs = Needs(batch="prompt", draws=())
     phases: tuple[Phase, ...] = (Phase("policy", ("student",), "updates", "round"),)
     likelihood: bool = True
+    noisy: ClassVar[bool] = True
+    """Whether every step is sampled with ``eta``, and so a few-step student is to be."""
     evens: ClassVar[str] = "method.spacing=trailing with method.skip_last=true leaves the widest out"
     """What a person may do where one step outweighs all others."""
 
@@ -112,8 +114,8 @@ class RolloutMethod(Method[S], Generic[S]):
 
     def check(self, denoiser: Denoiser) -> None:
         config = self.config
-        if (config.sampler == "flow") != (denoiser.prediction == "flow"):
-            kind = "flow" if denoiser.prediction == "flow" else "ddim or renoise"
+        if (config.sampler in FLOWS) != (denoiser.prediction == "flow"):
+            kind = "flow, dance or cps" if denoiser.prediction == "flow" else "ddim or renoise"
             raise UserError(f"method.sampler={config.sampler} does not go with this model's schedule; set it to {kind}")
         if self.likelihood and config.sampler != "renoise" and config.eta == 0:
             raise UserError(
@@ -139,7 +141,7 @@ class RolloutMethod(Method[S], Generic[S]):
 
     def warnings(self, denoiser: Denoiser) -> list[str]:
         trained, policy = self.trained_steps(denoiser), self.policy(denoiser)
-        if not self.likelihood or len(trained) < 2:
+        if not self.likelihood or len(trained) < 2 or policy.kernel in FLOWS:
             return []
         weights = (policy.weights(denoiser) * self.scales(denoiser)).square()[trained]
         share, widest = float(weights.max() / weights.sum()), policy.times[trained[int(weights.argmax())]]
@@ -153,7 +155,7 @@ class RolloutMethod(Method[S], Generic[S]):
         if not config.timesteps:
             return None
         renoise = config.sampler == "renoise"
-        ancestral = not renoise and config.eta > 0
+        ancestral = not renoise and config.eta > 0 and self.noisy
         found = student_record(scheduler, config.timesteps, renoise=renoise, scale=config.scale, ancestral=ancestral)
         return found.model_copy(update={"guidance": max(config.guidance, 1.0)})
 
@@ -163,7 +165,8 @@ class RolloutMethod(Method[S], Generic[S]):
         copies, policy = len(x_t) // len(batch), self.policy(ctx.denoiser)
         t, s = (batch.columns[name].repeat(copies) for name in ("t", "s"))
         output = ctx.model(role, x_t, t, whole_picture(batch).repeat(copies), policy.guidance)
-        return policy.step(ctx.denoiser, output, x_t, t, s)
+        eta = batch.columns["eta"].repeat(copies) if "eta" in batch.columns else None
+        return policy.step(ctx.denoiser, output, x_t, t, s, eta=eta)
 
 
 class ScoredRollouts(RolloutMethod[R], Generic[R]):

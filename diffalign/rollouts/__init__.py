@@ -10,7 +10,7 @@ bit. No method counts iterations, and the trainer knows no method.
 """
 
 from .buffer import Rollouts, deal
-from .policy import Policy, few_steps, many_steps
+from .policy import FLOWS, Policy, few_steps, many_steps
 from .walk import Taken, Walk, whole_picture
 
-__all__ = ["Policy", "Rollouts", "Taken", "Walk", "deal", "few_steps", "many_steps", "whole_picture"]
+__all__ = ["FLOWS", "Policy", "Rollouts", "Taken", "Walk", "deal", "few_steps", "many_steps", "whole_picture"]

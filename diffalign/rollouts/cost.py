@@ -22,7 +22,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class RoundCost:
-    """A round of one prompt. ``sampled`` and ``trained``: pictures through the U-Net by role, guided ones twice, while
+    """A round of some prompts. ``sampled`` and ``trained``: pictures through the U-Net by role, guided ones twice, in
     sampling (and recalling, see `Method.recall`) and in all updates together; ``decodes`` and ``scores`` (by scorer) of
     pictures; ``items`` that one pass trains on and ``bytes`` that they take, at most: a method may leave some out."""
 
@@ -32,21 +32,6 @@ class RoundCost:
     scores: dict[str, int]
     items: int
     bytes: int
-
-    def times(self, prompts: int) -> RoundCost:
-        """Of so many prompts."""
-
-        def more(counts: dict[str, int]) -> dict[str, int]:
-            return {name: count * prompts for name, count in counts.items()}
-
-        return RoundCost(
-            more(self.sampled),
-            more(self.trained),
-            self.decodes * prompts,
-            more(self.scores),
-            self.items * prompts,
-            self.bytes * prompts,
-        )
 
     def json(self) -> dict[str, Any]:
         """Plain data."""
@@ -80,11 +65,11 @@ class Counting(Context):
 
 
 def round_cost(
-    method: Method[Any], phase: Phase, denoiser: Denoiser, prompt: Batch, uncond: Cond, names: Sequence[str]
+    method: Method[Any], phase: Phase, denoiser: Denoiser, prompts: Batch, uncond: Cond, names: Sequence[str]
 ) -> RoundCost:
-    """The cost of a round for one ``prompt`` on the meta device, scored by ``names``."""
+    """The cost of a round for ``prompts`` on the meta device, scored by ``names``."""
     roles: Any = None  # no network is called
-    shape: Any = next((tuple(x.shape[1:]) for x in prompt.latents.values()), (4, 8, 8))
+    shape: Any = next((tuple(x.shape[1:]) for x in prompts.latents.values()), (4, 8, 8))
     ctx = Counting(roles, denoiser, 0, META, uncond, phase=phase.name, latent_shape=shape)
     ctx.calls, scores, decoded = Counter(), Counter[str](), [0]
 
@@ -101,7 +86,7 @@ def round_cost(
 
     ctx.decoder, ctx.rewards = decode, {name: score(name) for name in names}
     with torch.no_grad():
-        found = method.collect(ctx, prompt)
+        found = method.collect(ctx, prompts)
         sampled, ctx.stats = ctx.calls, dict(found.stats)
         ctx.calls, item = Counter(), found.take([0])
         if method.recalls(phase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -143,25 +144,37 @@ class Walk:
         self.x = self.x[rows]
         self._output = None if self._output is None else self._output[rows]
 
-    def fork(self, count: int) -> None:
-        """Each sample becomes ``count`` beside one another, with the same latents and the same output; what comes is
-        their own. One child is no fork: the path stays."""
-        if count == 1:
-            return
-        self.take([i for i in range(len(self)) for _ in range(count)])
-        self.ids = [f"{name}.{i % count}" for i, name in enumerate(self.ids)]
+    def fork(self, count: int | Sequence[int]) -> list[int]:
+        """Each sample becomes ``count`` beside one another (a number, or one each), with the same latents and the same
+        output; what comes is their own. One child is no fork: the path stays. Returns each child's parent."""
+        counts = [count] * len(self) if isinstance(count, int) else list(count)
+        parents = [i for i, children in enumerate(counts) for _ in range(children)]
+        if len(parents) > len(self):
+            self.take(parents)
+            places = [place for children in counts for place in range(children)]
+            self.ids = [
+                f"{name}.{place}" if counts[parent] > 1 else name
+                for name, place, parent in zip(self.ids, places, parents, strict=True)
+            ]
+        return parents
 
     @torch.no_grad()
-    def step(self, eta: float | None = None) -> Taken:
-        """Take the next step; ``eta`` in the place of the policy's."""
+    def step(self, eta: float | Tensor | None = None) -> Taken:
+        """Take the next step; ``eta``, a number or one each (N,), in the place of the policy's. Where it is one each,
+        the density of a sample without noise is nan."""
         k, t, s, x = self.k, self.t, self._times(self.policy.ends[self.k]), self.x
         noise = None if self.still(eta) else self._noise(f"step-{k}", self.ids)
         found = self.policy.step(self.ctx.denoiser, self.output(), x, t, s, noise, eta)
-        density = None if noise is None else log_prob(found.sample, found.mean, found.std)
+        density = None
+        if noise is not None:
+            noisy = found.std > 0 if isinstance(eta, Tensor) else torch.ones_like(found.std, dtype=torch.bool)
+            density = log_prob(found.sample, found.mean, torch.where(noisy, found.std, 1))
+            density = torch.where(noisy.flatten(), density, math.nan)
         self.x, self.k, self._output = found.sample, k + 1, None
         return Taken(k, t, s, x, found.sample, found.mean, found.std, density)
 
-    def still(self, eta: float | None = None) -> bool:
+    def still(self, eta: float | Tensor | None = None) -> bool:
         """Whether the next step adds no noise and so has no likelihood."""
         eta = self.policy.eta if eta is None else eta
-        return self.policy.ends[self.k] < 0 or (self.policy.kernel != "renoise" and eta == 0)
+        none = not isinstance(eta, Tensor) and eta == 0
+        return self.policy.ends[self.k] < 0 or (self.policy.kernel != "renoise" and none)

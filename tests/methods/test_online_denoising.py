@@ -25,7 +25,7 @@ from diffalign.trainer import Trainer
 from diffalign.validate import heldout_metrics
 
 SD = Denoiser.from_config(SD_SCHEDULE)
-
+TREE = {"steps": 5, "depth": 2, "branch": 2, "updates": 2, "epochs": 2}
 
 # ---- Diffusion-DRO ---------------------------------------------------------------------------------------------------
 
@@ -138,12 +138,12 @@ def test_one_noise_without_any_later_is_refused() -> None:
 # ---- what a round costs ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*LIKELIHOOD, "nft", "dro"])
+@pytest.mark.parametrize("name", [*LIKELIHOOD, "nft", "dro", "tree_rpo"])
 def test_the_counted_cost_is_what_a_step_spends(name: str) -> None:
     made = (
         make_method("dro", {"steps": 3, "kept": 3, "updates": 3})
         if name == "dro"
-        else method(name, guidance=3.0, share=1.0)
+        else method(name, guidance=3.0, share=1.0, **TREE if name == "tree_rpo" else {})
     )
     trainer = make_trainer(made)
     trainer.ctx.decoder = None if name == "dro" else lambda latents: latents
@@ -157,13 +157,16 @@ def test_the_counted_cost_is_what_a_step_spends(name: str) -> None:
         return images.mean((1, 2, 3))
 
     trainer.ctx.rewards = {"tiny-pickscore": judge}
+    drawn = trainer.source.share(0, 4, 0, 1)[0]
     trainer.train_step()
-    prompt = rows_of(trainer, [0])
-    prompt.latents = {n: x.to(META) for n, x in prompt.latents.items()} or {"": torch.empty(1, 4, 8, 8, device=META)}
-    prompt.cond["prompt"].embeds = prompt.cond["prompt"].embeds.to(META)
-    prompt.weight = prompt.weight.to(META)
-    prompt.columns = {}
-    cost = round_cost(made, made.phases[0], SD, prompt, trainer.ctx.uncond, ["tiny-pickscore"]).times(4)
-    assert Counter(cost.sampled) + Counter(cost.trained) == spent
+    batch = trainer.source.load(drawn, [0] * len(drawn))
+    batch.latents = {n: x.to(META) for n, x in batch.latents.items()} or {"": torch.empty(4, 4, 8, 8, device=META)}
+    batch.cond["prompt"].embeds = batch.cond["prompt"].embeds.to(META)
+    batch.weight, batch.columns = batch.weight.to(META), {}
+    cost = round_cost(made, made.phases[0], SD, batch, trainer.ctx.uncond, ["tiny-pickscore"])
+    total = Counter(cost.sampled) + Counter(cost.trained)
+    assert total["student"] == spent["student"]
+    # the KL is looked at in a round's first update, whose share of the items is only about 1 / updates
+    assert abs(total["base"] - spent["base"]) <= (8 if name == "tree_rpo" else 0)
     assert cost.decodes == sum(judged) == cost.scores.get("tiny-pickscore", 0)
     assert f"{cost.items:,} items" in cost.summary() and cost.bytes > 0

@@ -84,8 +84,12 @@ class Trainer:
         self.meter = Meter()
         trained = [role for role in method.roles if role in self.roles.names]
         self._broadcast(trained)
+        learning = {role for phase in method.phases for role in phase.trains}
         for role, towards in {pull[:2] for phase in method.phases for pull in phase.pulls}:
-            self.roles.share_factors(role, towards)
+            if role in learning:
+                self.roles.share_factors(role, towards)
+            else:  # an average begins as what it follows
+                self.roles.pull(role, towards, 1.0)
         self.optimizers = {r: make_optimizer(recipe, self.roles.parameters(r), r) for r in trained}
         self.ema = {r: Ema(self.roles.parameters(r), recipe.ema) for r in trained} if recipe.ema else {}
         scaled = ctx.autocast == torch.float16

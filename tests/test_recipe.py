@@ -269,6 +269,13 @@ SHEET: dict[str, dict[str, Any]] = {
     "sdxl/tdm": {"model.storage": "adapters", "model.lora.rank": 64, "model.lora.alpha": 8, "train.lr": 5e-5}
     | {"train.role_lr.fake": 1e-4, "train.betas": [0.0, 0.95], "method.guidance": 4.5, "data.resolution": 1024}
     | {"method.timesteps": [899, 674, 449, 224]},
+    # distillation sheet 9, whose guidance counts one less: the full script, and that of the LoRA
+    "sd15/lcm": {**SHARED, "model.storage": "copies", "train.lr": 1e-6, "method.target_ema": 0.95}
+    | {"method.guidance": [3.0 + 1, 15.0 + 1], "method.solver_steps": 1000 // 20, "data.caption_dropout": 0.0}
+    | {"method.loss": "huber", "method.timesteps": [999, 759, 499, 259], "data.resolution": 512},
+    "sdxl/lcm": {**SHARED, "model.storage": "adapters", "model.lora.rank": 64, "train.lr": 1e-4}
+    | {"method.guidance": [3.0 + 1, 15.0 + 1], "method.target_ema": 0.0, "data.caption_dropout": 0.0}
+    | {"data.resolution": 1024, "method.timesteps": [999, 759, 499, 259]},
     # distillation sheet 20: no settings for pictures; those of 24.4 and 29.3, DMD2's guidance (3.4)
     **{
         f"{family}/distillation_dpo": {"model.storage": "adapters", "model.lora.rank": 64, "model.lora.alpha": 8}
@@ -283,6 +290,10 @@ SHEET: dict[str, dict[str, Any]] = {
 
 
 def value_at(data: dict[str, Any], key: str) -> Any:
+    section, _, name = key.partition(".")
+    if section == "method" and name not in data["method"]:  # the method's default
+        options = {k: v for k, v in data["method"].items() if k != "name"}
+        return make_method(data["method"]["name"], options).config.model_dump(mode="json")[name]
     for part in key.split("."):
         data = data[part]
     return data

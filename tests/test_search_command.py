@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from diffalign.bench import search as bench
 from diffalign.bench.search import Plan, measure_search
+from diffalign.cli import app
 from diffalign.errors import Interrupted, UserError
 from diffalign.eval.prompts import Prompt, read_prompts
 from diffalign.pipelines.sample import SampleSpec, sample
@@ -100,6 +102,19 @@ def test_an_interrupt_keeps_the_best_so_far_and_finishes_later(tmp_path: Path, m
 def test_wrong_searches_are_refused_before_anything_is_loaded(options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         spec(**options).check()
+
+
+def test_the_command_line_hands_them_on(tmp_path: Path) -> None:
+    head = ["sample", "tiny-sd", "--prompts", "a red circle", "--out", str(tmp_path)]
+    for arguments, says in (
+        ([*head, "--search", "tree", "--reward", "tiny-clip"], "budget is missing"),
+        ([*head, "--search", "tree", "--reward", "tiny-clip", "--budget", "0"], "--budget must be at least 1"),
+        (["bench", "search", "--out", str(tmp_path), "--budget", "many"], "--budget many: give whole numbers"),
+        (["bench", "search", "--out", str(tmp_path), "--search", "bean"], "did you mean 'beam'"),
+    ):
+        found = CliRunner().invoke(app, arguments)
+        assert isinstance(found.exception, UserError) and says in str(found.exception)
+    assert not list(tmp_path.iterdir())
 
 
 def small(out: Path, **options: Any) -> Plan:

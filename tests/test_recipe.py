@@ -90,6 +90,15 @@ LORA = {
     "data.caption_dropout": 0.0,
 }
 DISTIL = {"train.warmup": 500, "train.max_grad_norm": 10.0, "validate.pairs": 0}
+SAMPLED_XL = {
+    "model.path": "stabilityai/stable-diffusion-xl-base-1.0",
+    "model.storage": "adapters",
+    "model.gradient_checkpointing": True,
+    "model.lora.rank": 64,
+    "model.lora.targets": "attention",
+    "train.lr": 1e-5,
+    "data.resolution": 1024,
+}
 SHEET: dict[str, dict[str, Any]] = {
     "sd15/dpo": {**SHARED, **LAUNCHER, "method.name": "dpo", "method.beta": 5000},
     "sd15/sft": {**SHARED, **LAUNCHER, "method.name": "sft"},
@@ -168,6 +177,52 @@ SHEET: dict[str, dict[str, Any]] = {
     | {"method.beta": 1.0, "method.kl": 1e-4, "method.std": "batch", "method.floor": 1e-4, "method.most": 5.0}
     | {"model.lora.rank": 32, "model.lora.alpha": 64, "train.lr": 3e-4, "train.weight_decay": 1e-4, "train.ema": 0.9}
     | {"train.batch": 48, "method.updates": 1, "data.resolution": 512},
+    # online sheet 6: 24 x 48, ten steps but the last, KL 0.01 for PickScore, std over all, 2 updates an epoch
+    "sd15/flow-grpo": {**SHARED, "method.name": "grpo", "method.steps": 10, "method.guidance": 4.5, "method.kl": 0.01}
+    | {"method.members": 24, "train.batch": 48, "method.std": "batch", "method.floor": 1e-4, "method.most": 5.0}
+    | {"method.unbiased": False, "method.clip": 1e-4, "method.skip_last": True, "method.share": 1.0}
+    | {"method.updates": 2, "train.lr": 3e-4, "train.ema": 0.9, "model.lora.rank": 32, "model.lora.alpha": 64}
+    | {"train.weight_decay": 1e-4, "method.mean": "prompt", "method.shared_noise": False},
+    # SDXL, of which these authors have nothing: the methods' numbers as above, rank and rate of SPO's SDXL (1B)
+    "sdxl/ddpo": {**SAMPLED_XL, "method.name": "ddpo", "method.steps": 50, "method.eta": 1.0, "method.guidance": 5.0}
+    | {"method.clip": 1e-4, "method.most": 5.0, "method.members": 4, "method.updates": 4, "train.batch": 64},
+    "sdxl/grpo": {**SAMPLED_XL, "method.name": "grpo", "method.steps": 50, "method.eta": 1.0, "method.guidance": 5.0}
+    | {"method.members": 16, "method.shared_noise": True, "method.share": 0.6, "method.skip_last": True}
+    | {"method.clip": 1e-4, "method.unbiased": True, "method.floor": 1e-8, "method.kl": 0.0, "method.reward": "hpsv21"},
+    "sdxl/d3po": {**SAMPLED_XL, "method.name": "d3po", "method.steps": 20, "method.eta": 1.0, "method.guidance": 5.0}
+    | {"method.beta": 0.1, "method.clip": 0.1, "method.members": 2, "method.shared_noise": True, "train.batch": 20},
+    "sdxl/dro": {**SAMPLED_XL, "method.name": "dro", "method.steps": 20, "method.margin": 1e-3, "train.lr": 1e-4}
+    | {
+        "method.guidance": 1.0,
+        "train.batch": 256,
+        "train.steps": 400,
+        "method.updates": 4,
+        "data.caption_dropout": 0.2,
+    },
+    "sdxl/nft": {**SAMPLED_XL, "method.name": "nft", "method.steps": 10, "method.guidance": 1.0, "method.members": 24}
+    | {"method.beta": 1.0, "method.kl": 1e-4, "method.std": "batch", "model.lora.rank": 32, "model.lora.alpha": 64}
+    | {"train.lr": 3e-4, "train.ema": 0.9, "train.batch": 48, "method.updates": 1},
+    "sdxl/draft": {**SAMPLED_XL, "method.name": "draft", "method.steps": 50, "method.guidance": 5.0}
+    | {"method.through": 1, "method.coefficient": 0.01, "train.max_grad_norm": 1.0, "train.guards.hacking": "stop"}
+    | {"model.lora.rank": 16, "train.lr": 1e-4},
+    # online sheet 10: no numbers are public
+    "sd15/tree_rpo": {"method.name": "tree_rpo", "method.branch": 2, "method.clip": 1e-4, "data.resolution": 512},
+    "sdxl/tree_rpo": {**SAMPLED_XL, "method.name": "tree_rpo", "method.branch": 2, "method.clip": 1e-4},
+    # online sheet 2A (Turbo, one GPU) and 2B: lr 4e-5 or 2e-4, 200 to 2000 steps; the prior is not the release's 0.5
+    "sdxl/pso_online": {**SHARED, "method.name": "pso_online", "method.timesteps": [999, 749, 499, 249]}
+    | {"method.beta": 50.0, "method.clip": 0.1, "method.guidance": 1.0, "method.sampler": "ddim", "method.eta": 1.0}
+    | {"model.lora.rank": 32, "train.lr": 1e-5, "train.optimizer": "adamw8bit", "train.weight_decay": 1e-6}
+    | {"train.batch": 4 * 4, "method.updates": 4 * 4 // (4 * 2), "data.resolution": 512, "data.max_pairs": 4000}
+    | {"data.path": "yuvalkirstain/pickapic_v1", "model.path": "stabilityai/sdxl-turbo", "method.members": 2},
+    **{
+        f"sdxl/{name}": {**SHARED, "method.name": "pso_pictures", "method.timesteps": [999, 749, 499, 249]}
+        | {"method.beta": 5.0, "method.guidance": 1.0, "model.lora.rank": 16, "train.lr": lr, "train.batch": 1 * 4}
+        | {"data.resolution": 512, "train.steps": steps, "method.negative": negative, "method.prior": prior}
+        for name, lr, steps, negative, prior in (
+            ("pso_pictures", 4e-5, 2000, 1.0, 0.0),
+            ("pso-concept", 2e-4, 500, 0.1, 0.2),
+        )
+    },
     # online sheet, 1A; one GPU of four has 16 pairs
     **{
         f"spm/{family}": {"method.name": "spm", "method.start": "yuvalkirstain/PickScore_v1", "method.guidance": 5.0}
@@ -276,6 +331,23 @@ SHEET: dict[str, dict[str, Any]] = {
     "sdxl/lcm": {**SHARED, "model.storage": "adapters", "model.lora.rank": 64, "train.lr": 1e-4}
     | {"method.guidance": [3.0 + 1, 15.0 + 1], "method.target_ema": 0.0, "data.caption_dropout": 0.0}
     | {"data.resolution": 1024, "method.timesteps": [999, 759, 499, 259]},
+    # 10.1: 8 GPUs x 20 (SDXL: 10) pictures; every other one of 5,000 (20,000) iterations trains the student
+    **{
+        f"{family}/pcm": {"train.betas": [0.9, 0.999], "model.storage": "adapters", "model.lora.rank": 64}
+        | {"method.segments": 4, "method.solver_steps": solver, "method.guidance": [w + 1, w + 2], "train.lr": lr}
+        | {"method.loss": "huber", "method.gan_weight": 0.1, "train.role_lr.head": 1e-5, "train.weight_decay": decay}
+        | {"train.batch": 8 * rows, "train.steps": iterations // 2, "data.resolution": side}
+        for family, solver, w, lr, decay, rows, iterations, side in (
+            ("sd15", 50, 4.0, 5e-6, 1e-3, 20, 5000, 512),
+            ("sdxl", 40, 6.0, 2e-6, 0.0, 10, 20000, 1024),
+        )
+    },
+    # 10.2: the first stage, with a squared distance alone; the released LoRA's rank and layers
+    **{
+        f"{family}/tscd": {"method.segments": 8, "method.loss": "mse", "method.gan_weight": 0.0}
+        | {"model.storage": "adapters", "model.lora.rank": 64, "model.lora.targets": "all", "data.resolution": side}
+        for family, side in (("sd15", 512), ("sdxl", 1024))
+    },
     # distillation sheet 20: no settings for pictures; those of 24.4 and 29.3, DMD2's guidance (3.4)
     **{
         f"{family}/distillation_dpo": {"model.storage": "adapters", "model.lora.rank": 64, "model.lora.alpha": 8}

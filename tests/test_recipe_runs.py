@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +19,10 @@ from diffalign.recipe import builtin_recipes
 
 GROUPS = {row["name"]: row["group"] for row in list_methods()}
 REAL = {name: load_recipe(name).method.name for name in builtin_recipes() if not name.startswith("tiny/")}
-PLANNED = [name for name, method in REAL.items() if GROUPS[method] in ("preference", "distillation")]
-NAMES = [name for name in PLANNED if name.startswith(("sd15/", "sdxl/"))]
+TURBO = [name for name in REAL if "turbo" in load_recipe(name).model.path]  # of which no config is known
+PLANNED = [name for name in REAL if not name.startswith("spm/") and name not in TURBO]
+NAMES = [name for name in REAL if name.startswith(("sd15/", "sdxl/"))]
+ASSETS = Path(str(resources.files("diffalign.assets")))
 MODELS = {"sd15": "tiny-sd", "sdxl": "tiny-sdxl"}
 
 
@@ -44,6 +48,27 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def data_of(name: str, pairs: Path) -> Path:
     """Pairs are pictures and prompts too; DMD's regression wants the teacher's noise besides."""
     return pairs.parent / "teacher" if REAL[name] == "dmd" else pairs
+
+
+def few_step(folder: Path) -> Path:
+    """The tiny model with the scheduler of a few-step one."""
+    if not folder.exists():
+        shutil.copytree(ASSETS / "tiny-sdxl", folder)
+        config = folder / "scheduler" / "scheduler_config.json"
+        config.write_text(
+            json.dumps(json.loads(config.read_text()) | {"_class_name": "EulerAncestralDiscreteScheduler"})
+        )
+    return folder
+
+
+def sampling(method: dict[str, Any]) -> dict[str, object]:
+    """Few and short samples, where a method makes its own."""
+    values: dict[str, object] = {} if "timesteps" in method else {"method.steps": 3}
+    if "members" in method:
+        values["method.members"] = 2
+    few = {"tree_rpo": {"depth": 1}, "dro": {"kept": 3, "updates": 3}, "spo": {"start_step": 1, "segment": 1}}
+    few["draft"] = {"through": 1, "spread": 0.0, "guard": "tiny-hps"}
+    return values | {f"method.{key}": value for key, value in few.get(method["name"], {}).items()}
 
 
 def overrides(name: str, pairs: Path, out: Path) -> list[str]:
@@ -74,14 +99,22 @@ def overrides(name: str, pairs: Path, out: Path) -> list[str]:
         values |= {"train.batch": recipe.method.model_dump()["group"]}
     if "inversion_steps" in recipe.method.model_dump():
         values["method.inversion_steps"] = 2
+    if GROUPS[recipe.method.name] == "online":
+        values |= sampling(recipe.method.model_dump()) | {"train.optimizer": "adamw"}
+        if recipe.method.name not in ("dro", "pso_pictures"):
+            values["method.reward"] = "tiny-pickscore"
+    if name in TURBO:
+        values["model.path"] = few_step(pairs.parent / "turbo")
     if "reward" in recipe.method.model_dump():
         values["method.reward"] = "tiny-pickscore"
     return [f"{key}={value}" for key, value in values.items()]
 
 
 def one_a_method() -> list[Any]:
-    """The recipes, slow but for one of each preference method, SDXL's where there is one, and one distillation."""
-    chosen = {REAL[name]: name for name in NAMES if GROUPS[REAL[name]] == "preference" or name == "sdxl/dmd2"}
+    """The recipes, slow but for one of each preference method, SDXL's where there is one, one distillation and one that
+    samples while it trains."""
+    few = ("sdxl/dmd2", "sdxl/tree_rpo")
+    chosen = {REAL[name]: name for name in NAMES if GROUPS[REAL[name]] == "preference" or name in few}
     return [pytest.param(name, marks=[] if name in chosen.values() else pytest.mark.slow) for name in NAMES]
 
 

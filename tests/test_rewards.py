@@ -13,6 +13,7 @@ from diffalign.data.batch import Batch
 from diffalign.errors import UserError
 from diffalign.eval.scorers import load_scorer
 from diffalign.families import load_model
+from diffalign.methods import make_method
 from diffalign.methods.base import Loss, Method, MethodConfig, Needs, Paper, Phase
 from diffalign.recipe import ModelRecipe
 from diffalign.rewards import check_rewards, load_rewards
@@ -75,6 +76,31 @@ def test_a_kept_vae_does_not_leave_with_the_other_encoders(tiny_sd: Any, monkeyp
     tiny_sd.keep_vae()
     tiny_sd.release_encoders()
     assert left == ["text_encoder"]
+
+
+@pytest.mark.parametrize("method", ["draft", "ddpo"])
+def test_a_scorer_without_gradients_is_no_reward_to_climb(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone methods that only compare scores take it."""
+    import diffalign.eval.scorers as scorers
+
+    class Flat(scorers.Scorer):
+        """No gradient: it says how bright a picture is."""
+
+        def check_prompts(self, prompts: Any) -> None:
+            pass
+
+        def __call__(self, images: Any, prompts: Any) -> torch.Tensor:  # type: ignore[override]
+            return torch.stack([image.mean() for image in images])
+
+    Flat.__abstractmethods__ = frozenset()
+    monkeypatch.setattr(scorers, "load_scorer", lambda *args, **options: Flat())
+    made = make_method(method, {"reward": "pickscore"})
+    if method == "draft":
+        with pytest.raises(UserError, match="scorer 'pickscore' gives no gradients; take one of CLIP's kind"):
+            load_rewards(made, CPU, None)
+    else:
+        (reward,) = load_rewards(made, CPU, None).values()
+        assert reward(torch.ones(2, 3, 4, 4), ["a", "b"]).tolist() == [1, 1]
 
 
 @pytest.mark.parametrize(

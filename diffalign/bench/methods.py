@@ -71,6 +71,7 @@ def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> lis
     groups = {row["name"]: row["group"] for row in makers}
     sources = {name.partition("/")[2]: name for name in builtin_recipes() if name.startswith("tiny/")}
     entries = [Entry("base", "base", note=MODEL)]
+    covered: set[str] = set()
     for name, source in {"shuffled": DPO, "sft": "tiny/sft", **sources}.items():
         if name in CONTROLS:
             given = ["data.shuffle_labels=true"] if name == "shuffled" else []
@@ -78,14 +79,16 @@ def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> lis
         else:
             given, entry = [], Entry(name, "method")
         recipe = load_recipe(source, given)
-        if recipe.model.path != MODEL or recipe.method.name not in groups:
-            continue  # of another base, such as tiny/sdxl-dpo, or no maker of pictures
+        if recipe.model.loras:
+            covered.add(recipe.method.name)
+        if recipe.model.path != MODEL or recipe.model.loras or recipe.method.name not in groups:
+            continue  # of another base, such as tiny/sdxl-dpo or a student's, or no maker of pictures
         entry.method = recipe.method.name
         entry.group = groups.get(entry.method, "")
-        changed = overrides and (entry.kind == "method" if not only else is_asked(entry, only))
+        changed = overrides and (entry.name in only or (entry.kind == "method" and is_asked(entry, only)))
         entry.recipe = load_recipe(source, [*given, *overrides]) if changed else recipe
         entries.append(entry)
-    covered = {entry.method for entry in entries}
+    covered |= {entry.method for entry in entries}
     entries += [
         Entry(name, "method", name, group, note=f"no tiny recipe (configs/tiny/{name}.yaml)")
         for name, group in groups.items()
@@ -99,9 +102,8 @@ def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> lis
 
 
 def is_asked(entry: Entry, only: Sequence[str]) -> bool:
-    """Whether a row is to be run: all are, where ``only`` names none, and the base always is."""
-    of_group = entry.kind == "method" and entry.group in only
-    return not only or entry.kind == "base" or entry.name in only or of_group
+    """Whether a row is to be run: all are, where ``only`` names none; the base always is; a group has its controls."""
+    return not only or entry.kind == "base" or entry.name in only or entry.group in only
 
 
 @dataclass

@@ -285,7 +285,7 @@ def counted_of(call: Any) -> Any:
 
 def test_equal_rewards_teach_nothing_and_leave_the_weights_alone() -> None:
     """By momentum or decay either; the round is counted as idle and training goes on."""
-    for name in LIKELIHOOD:
+    for name in ("ddpo", "d3po"):
         trainer = warm(trainer_of(name, members=2), 1)
         trainer.ctx.rewards = {"tiny-pickscore": lambda images, prompts, t=None: torch.ones(len(images))}
         before = weights(trainer)
@@ -327,6 +327,27 @@ def test_a_round_goes_on_from_a_checkpoint_in_the_middle_of_a_run() -> None:
     assert all(map(torch.equal, weights(straight), weights(second)))
 
 
+def test_in_one_step_d3po_is_dpo_of_gaussians() -> None:
+    """D 27: the policy's last latents are its pictures, and their densities under student and base all there is."""
+    trainer = stirred(trainer_of("d3po", steps=1, spacing="trailing", beta=3.0, clip=None, share=1.0))
+    found = items_of(trainer)
+    batch = found.take(range(len(found)))
+    assert len(found) == 4 and torch.equal(batch.latents["x_t_won"], batch.latents["x_t_lost"])
+    with torch.no_grad():
+        loss = trainer.method.loss(trainer.ctx, batch, trainer.slots[0].phase).values
+    policy, t = trainer.method.policy(SD), batch.columns["t"]  # type: ignore[attr-defined]
+    margins = []
+    for role in ("student", "base"):
+        with torch.no_grad():
+            output = trainer.ctx.model(role, batch.latents["x_t_won"], t, batch.cond["prompt"])
+        step = policy.step(SD, output, batch.latents["x_t_won"], t, batch.columns["s"])
+        normal = torch.distributions.Normal(step.mean, step.std.expand_as(step.mean))
+        won, lost = (normal.log_prob(batch.latents[f"x_s_{side}"]).mean((1, 2, 3)) for side in ("won", "lost"))
+        margins.append(won - lost)
+    torch.testing.assert_close(loss, -F.logsigmoid(3.0 * (margins[0] - margins[1])))
+    assert float((margins[0] - margins[1]).abs().max()) > 1e-4
+
+
 def test_gradients_are_clipped() -> None:
     """The authors clip an exhausted iterator, which does nothing (sheet, appendix E)."""
     trainer = trainer_of("ddpo", train={"max_grad_norm": 1e-3, "optimizer": "adamw"}, members=2)
@@ -352,7 +373,7 @@ def seen(trainer: Trainer) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("name", LIKELIHOOD)
+@pytest.mark.parametrize("name", ["ddpo", *(pytest.param(n, marks=pytest.mark.slow) for n in LIKELIHOOD[1:])])
 def test_the_reward_goes_up(name: str) -> None:
     """On the same noise before and after, so that nothing but the weights tells."""
     options = {"clip": 0.1} if name != "d3po" else {"beta": 10.0, "clip": None}

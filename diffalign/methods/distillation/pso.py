@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from ...facts import SamplingRecord, student_record
-from ..base import Needs, Paper
+from ..base import MethodConfig, Needs, Paper
 from ..pair import PairConfig, PairErrors, PairMethod
 
 if TYPE_CHECKING:
@@ -45,7 +45,33 @@ def pso_hinge_loss(
     return torch.relu(1 - logits) + prior * rejected, logits
 
 
-class PSOConfig(PairConfig):
+class PSOTerms(MethodConfig):
+    """The objective's terms."""
+
+    beta: float = Field(5.0, gt=0, description="strength of the tie to the base")
+    negative: float = Field(1.0, ge=0, description="factor on the terms of the rejected picture; 1 is the paper's")
+    prior: float = Field(0.0, ge=0, description="weight of denoising the rejected picture, which keeps what it shows")
+    loss: Literal["sigmoid", "hinge"] = Field(
+        "sigmoid", description="the paper's form, or the release's without a base"
+    )
+
+    @model_validator(mode="after")
+    def _rejected_counts(self) -> PSOTerms:
+        if self.loss == "hinge" and self.beta * self.negative == self.prior:
+            raise ValueError("with loss=hinge and prior = beta * negative rejected pictures cancel out; lower prior")
+        return self
+
+
+def pso_objective(terms: PSOTerms, errors: PairErrors) -> tuple[Tensor, Tensor]:
+    """``pso_loss`` of the pair's four errors, or ``pso_hinge_loss`` of the student's two."""
+    if terms.loss == "hinge":
+        return pso_hinge_loss(errors.chosen, errors.rejected, terms.beta, terms.negative, terms.prior)
+    assert errors.base_chosen is not None and errors.base_rejected is not None
+    base = errors.base_chosen, errors.base_rejected
+    return pso_loss(errors.chosen, errors.rejected, *base, terms.beta, terms.negative, terms.prior)
+
+
+class PSOConfig(PSOTerms, PairConfig):
     """Settings of offline PSO."""
 
     timesteps: tuple[Annotated[int, Field(ge=0)], ...] = Field(
@@ -53,12 +79,6 @@ class PSOConfig(PairConfig):
     )
     rollout: Literal["renoise", "ddim"] = Field("renoise", description="how that sampler goes on: new noise, or none")
     scale: float = Field(1.0, gt=0, description="what that sampler multiplies its first noise by")
-    beta: float = Field(5.0, gt=0, description="strength of the tie to the base")
-    negative: float = Field(1.0, ge=0, description="factor on the terms of the rejected picture; 1 is the paper's")
-    prior: float = Field(0.0, ge=0, description="weight of denoising the rejected picture, which keeps what it shows")
-    loss: Literal["sigmoid", "hinge"] = Field(
-        "sigmoid", description="the paper's form, or the release's without a base"
-    )
     error_space: Literal["network", "epsilon"] = Field("epsilon", description="where errors are measured")
 
     @field_validator("timesteps")
@@ -67,12 +87,6 @@ class PSOConfig(PairConfig):
         if any(a <= b for a, b in pairwise(times)):
             raise ValueError(f"the student's times must fall, such as [999, 749, 499, 249], not {list(times)}")
         return times
-
-    @model_validator(mode="after")
-    def _rejected_counts(self) -> PSOConfig:
-        if self.loss == "hinge" and self.beta * self.negative == self.prior:
-            raise ValueError("with loss=hinge and prior = beta * negative rejected pictures cancel out; lower prior")
-        return self
 
 
 class PSO(PairMethod[PSOConfig]):
@@ -103,20 +117,8 @@ class PSO(PairMethod[PSOConfig]):
         return torch.tensor(drawn, device="cpu").to(ctx.device, non_blocking=True), ctx.draw(batch)[1]
 
     def objective(self, errors: PairErrors) -> tuple[Tensor, Tensor]:
-        """``pso_loss`` of the pair's four errors, or ``pso_hinge_loss`` of the student's two."""
-        config = self.config
-        if config.loss == "hinge":
-            return pso_hinge_loss(errors.chosen, errors.rejected, config.beta, config.negative, config.prior)
-        assert errors.base_chosen is not None and errors.base_rejected is not None
-        return pso_loss(
-            errors.chosen,
-            errors.rejected,
-            errors.base_chosen,
-            errors.base_rejected,
-            config.beta,
-            config.negative,
-            config.prior,
-        )
+        """``pso_objective`` of the pair's errors."""
+        return pso_objective(self.config, errors)
 
     def sampling(self, scheduler: Mapping[str, Any]) -> SamplingRecord:
         """As the student was sampled before."""

@@ -71,7 +71,6 @@ def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> lis
     groups = {row["name"]: row["group"] for row in makers}
     sources = {name.partition("/")[2]: name for name in builtin_recipes() if name.startswith("tiny/")}
     entries = [Entry("base", "base", note=MODEL)]
-    covered: set[str] = set()
     for name, source in {"shuffled": DPO, "sft": "tiny/sft", **sources}.items():
         if name in CONTROLS:
             given = ["data.shuffle_labels=true"] if name == "shuffled" else []
@@ -79,8 +78,6 @@ def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> lis
         else:
             given, entry = [], Entry(name, "method")
         recipe = load_recipe(source, given)
-        if recipe.model.loras:
-            covered.add(recipe.method.name)
         if recipe.model.path != MODEL or recipe.model.loras or recipe.method.name not in groups:
             continue  # of another base, such as tiny/sdxl-dpo or a student's, or no maker of pictures
         entry.method = recipe.method.name
@@ -88,9 +85,10 @@ def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> lis
         changed = overrides and (entry.name in only or (entry.kind == "method" and is_asked(entry, only)))
         entry.recipe = load_recipe(source, [*given, *overrides]) if changed else recipe
         entries.append(entry)
-    covered |= {entry.method for entry in entries}
+    covered = {entry.method for entry in entries}
+    student = {name: f"no tiny recipe without a student (tiny/{name} trains one further)" for name in sources}
     entries += [
-        Entry(name, "method", name, group, note=f"no tiny recipe (configs/tiny/{name}.yaml)")
+        Entry(name, "method", name, group, note=student.get(name, f"no tiny recipe (configs/tiny/{name}.yaml)"))
         for name, group in groups.items()
         if name not in covered
     ]

@@ -61,11 +61,12 @@ def read_candidates(
         if PAIR_COLUMNS & set(table.columns):
             reading = open_pairs(recipe, progress, table)
             pairs += [(0, Pair.of(row.prompt, row.chosen, row.rejected)) for row in reading.rows]
+            reports.append(reading.report)
         else:
-            reading = (open_ranked if is_ranked(table) else open_images)(recipe, progress, table)
-            for row in reading.rows:
+            dealt = (open_ranked if is_ranked(table) else open_images)(recipe, progress, table)
+            for row in dealt.rows:
                 pictures.setdefault(row.prompt, {}).update({ref.digest: ref for ref in row.images.values()})
-        reports.append(reading.report)
+            reports.append(dealt.report)
     for prompt, refs in pictures.items():
         ordered = [refs[digest] for digest in sorted(refs)]  # by content: says nothing of model or rank
         for place, (a, b) in enumerate(islice(rounds(len(ordered)), per_prompt)):

@@ -130,10 +130,17 @@ class Session:
         mine = self._mine
         done = [mine[pair].vote for pair in self.pairs if pair in mine]
         left = (self._shown(pair) for name, pair in self.pairs.items() if name not in mine)
-        now, *ahead = [*islice(left, 1 + AHEAD)] or [None]
-        kappas = tuple(row for row in agreement(verdicts(self.file)).kappas if self.labeller in row[:2])
-        further = tuple(shown for shown in ahead if shown is not None)
-        return State(self.labeller, len(done), len(self.pairs), done.count("skip"), now, further, self._last(), kappas)
+        waiting = [*islice(left, 1 + AHEAD)]
+        return State(
+            labeller=self.labeller,
+            done=len(done),
+            total=len(self.pairs),
+            skipped=done.count("skip"),
+            pair=waiting[0] if waiting else None,
+            ahead=tuple(waiting[1:]),
+            last=self._last(),
+            kappas=tuple(row for row in agreement(verdicts(self.file)).kappas if self.labeller in row[:2]),
+        )
 
     def _shown(self, pair: Pair) -> Shown:
         """Sides by a coin keyed by labeller and pair: the same after a restart, another for another labeller."""
@@ -268,8 +275,8 @@ class Summary:
         table = Table("labeller", "left", "right", "tie", "skip", "left of left and right")
         for name, counts in self.labellers.items():
             sides = counts["left"] + counts["right"]
-            share = f"{counts['left'] / sides:.0%}" if sides else ""
-            table.add_row(escape(name), *(f"{counts[choice]:,}" for choice in CHOICES), share)
+            leaning = f"{counts['left'] / sides:.0%}" if sides else ""
+            table.add_row(escape(name), *(f"{counts[choice]:,}" for choice in CHOICES), leaning)
         console.print(table)
         found = self.agreement
         if found.share is not None:

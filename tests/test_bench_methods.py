@@ -121,7 +121,9 @@ def test_rows_are_found() -> None:
         find_entries((), ("dpoo",))
     assert methods.trained_on(dpo) == ("tiny-pickscore",) == methods.trained_on(entries["smpo"].recipe)
     assert methods.trained_on(entries["capo"].recipe) == ("tiny-pickscore", "tiny-hps")
-    assert not is_asked(entries["sft"], ["preference"]) and is_asked(entries["dpo"], ["preference"])
+    asked = {name for name, entry in entries.items() if is_asked(entry, ["preference"])}
+    assert {"base", "sft", "shuffled", "dpo"} <= asked and not asked & {"dmd2", "ddpo"}
+    assert not is_asked(entries["sft"], ["dpo"])
     changed = {e.name: e.recipe.train.lr for e in find_entries(["train.lr=1"], ["dpo"]) if e.recipe}
     assert changed["dpo"] == 1 and changed["shuffled"] != 1 and changed["mapo"] != 1
 

@@ -127,7 +127,7 @@ def test_dominance_needs_all_scorers() -> None:
 # ---- rounds ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LIKELIHOOD)
+@pytest.mark.parametrize("name", ["ddpo", pytest.param("grpo", marks=pytest.mark.slow), "d3po"])
 def test_the_first_update_of_a_round_is_on_policy(name: str) -> None:
     """Ratio 1, nothing clipped; D3PO at log 2. Of a student that has moved from the base."""
     trainer = warm(trainer_of(name, train={"lr": 1e-2}, members=2), 2)
@@ -162,7 +162,7 @@ class OwnRounding(Context):
         ("bf16", "density"),
         pytest.param("bf16", "guard", marks=pytest.mark.slow),
         ("by the batch", "density"),
-        ("by the batch", "guard"),
+        pytest.param("by the batch", "guard", marks=pytest.mark.slow),
     ],
 )
 def test_before_an_update_the_ratio_is_one_by_the_call_that_trains(compute: str, ratio: str) -> None:

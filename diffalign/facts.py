@@ -161,6 +161,16 @@ def student_record(
         raise UserError(f"the student's timesteps {list(timesteps)}: {reason[0].lower()}{reason[1:]}") from None
 
 
+def many_step_record(scheduler: Mapping[str, Any], steps: int, guidance: float = 1.0) -> SamplingRecord:
+    """How a student is sampled that takes as many steps as its base, but no unconditional branch: DDIM on the schedule
+    of the base's scheduler config."""
+    config: Json = {key: scheduler[key] for key in SCHEDULE if scheduler.get(key) is not None}
+    config |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
+    if config.get("rescale_betas_zero_snr"):
+        config |= {"timestep_spacing": "trailing"}  # the last level is the only one that starts from noise alone
+    return SamplingRecord(scheduler="DDIMScheduler", config=config, steps=steps, guidance=guidance)
+
+
 class Facts(BaseModel):
     """diffalign.json. What an older or foreign file does not say is None or empty.
 

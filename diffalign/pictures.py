@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from .families.guidance import GuidanceAdapters
 from .validate import averaged
 
 if TYPE_CHECKING:
@@ -76,6 +77,10 @@ class Sheets:
 
         record = self.parts.method.sampling(model.scheduler_config) if role == "student" else None
         guidance = recipe.guidance if record is None else max(1.0, record.guidance)
+        extra = trainer.roles.extras.get(role)
+        if isinstance(extra, GuidanceAdapters):  # told it, and never guided besides
+            extra.choose(guidance)
+            guidance = 1.0
 
         def call(x: torch.Tensor, t: torch.Tensor, rows: Cond) -> torch.Tensor:
             return trainer.ctx.model(role, x, t, rows, guidance)

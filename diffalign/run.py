@@ -64,7 +64,7 @@ class Run:
         return [(row["step"], row[name]) for row in self.log if row["kind"] == kind and name in row]
 
     def pipeline(self, **options: Any) -> DiffusionPipeline:
-        """The trained model as a diffusers pipeline: plain, or a few-step student's that draws as it was distilled.
+        """The trained model as a diffusers pipeline: plain, or a student's that draws as it was distilled.
 
         Raises UserError where the run trained a preference model."""
         from .facts import recorded
@@ -85,8 +85,10 @@ class Run:
         from diffusers import AutoencoderKL, DiffusionPipeline
 
         from .families import detect, fetch
-        from .families.extras import find_extra
+        from .families.extras import extra_header, find_extra
+        from .families.guidance import GuidanceAdapters
         from .families.lora import find_lora
+        from .pipelines.distilled_guidance import DistilledGuidancePipeline
         from .pipelines.extras import apply_extra
 
         model = self.recipe.model
@@ -101,7 +103,9 @@ class Run:
             pipe.load_lora_weights(str(find_lora(lora.path, lora.weight_name)))
             pipe.fuse_lora(lora_scale=lora.scale)
             pipe.unload_lora_weights()
-        if find_extra(self.model):
+        if extra := find_extra(self.model):
+            if (extra_header(extra) or {}).get("kind") == GuidanceAdapters.kind:
+                return DistilledGuidancePipeline.of(pipe).load_adapters(self.model)
             apply_extra(pipe, self.model)
         else:
             pipe.load_lora_weights(self.model)

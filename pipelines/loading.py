@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..facts import SamplingRecord
 from ..families import detect
 from ..families.base import DTYPE, load_part
-from ..families.extras import find_extra
+from ..families.extras import Extra, find_extra
 from ..families.folder import ModelFolder, fetch, hash_file
 from ..families.lora import find_lora, fuse_loras, load_lora
 from ..families.schedulers import make_scheduler, recorded_scheduler
@@ -27,13 +27,14 @@ ADAPTER = "lora"
 
 @dataclass
 class Opened:
-    """A pipeline on its device, and what it was made from."""
+    """A pipeline on its device, what it was made from, and the parts beside its U-Net."""
 
     pipeline: DiffusionPipeline
     family: str
     source: str
     lora: str | None
     hashes: dict[str, str]
+    extra: Extra | None = None
 
 
 def resolve(model: str, lora: str | None, revision: str | None, variant: str | None) -> tuple[ModelRecipe, str | None]:
@@ -85,7 +86,7 @@ def open_pipeline(
     Args:
         model: folder, built-in name, hub id, or a run's folder.
         lora: a LoRA file, its folder or a run's folder; stays an adapter with weight ``lora_scale``. Soft tokens and
-            user attention are found there too; ``RUN#USER`` chooses a user of a PPD run.
+            the like are found there too; ``RUN#USER`` chooses a user of a PPD run.
         scheduler: short name (`families.schedulers`).
         record: a few-step model's own scheduler, in the place of ``scheduler``.
 
@@ -110,10 +111,10 @@ def open_pipeline(
     pipeline.scheduler = recorded_scheduler(record) if record else make_scheduler(scheduler, folder.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     pipeline = pipeline.to(device)
+    parts = apply_extra(pipeline, lora, scale=lora_scale) if lora and extra else None
     if lora and extra:
-        apply_extra(pipeline, lora, scale=lora_scale)
         hashes["lora"] = f"{hash_file(extra)} {split_user(lora)[1] or ''}".strip()
-    return Opened(pipeline, family, recipe.path, str(lora) if lora else None, hashes)
+    return Opened(pipeline, family, recipe.path, str(lora) if lora else None, hashes, parts)
 
 
 def used(folder: ModelFolder) -> list[str]:

@@ -31,6 +31,7 @@ from ..families.device import pick_device, pick_dtype
 from ..families.schedulers import recorded_scheduler
 from ..keyed import generator, normal
 from ..recipe import ModelRecipe
+from .extras import told_guidance
 from .grid import grid
 from .loading import Opened, long_prompts_of, open_pipeline
 from .long_prompts import segment_embeds
@@ -118,6 +119,8 @@ def sample(
         spec.model, spec.lora, spec.lora_scale, str(spec.scheduler), device, dtype, spec.revision, spec.variant, record
     )
     size = _size(spec, opened.pipeline)
+    assert spec.guidance is not None
+    asked = replace(spec, guidance=told_guidance(opened.extra, spec.guidance, spec.negative_prompt))
     about = {"set": set_name, "count": len(prompts), "sha256": prompts_sha256(prompts)}
     if ranks.main:
         _claim(out, {**_settings(spec, opened, size, dtype, record), "prompts": about})
@@ -132,7 +135,7 @@ def sample(
             total = spec.budget * sum(len(batch) for batch in batches if any(job.file in missing for job in batch))
             label, unit = "searching", "calls"
         with progress_bar(label, total, unit, enabled=progress and ranks.main) as advance:
-            _run(spec, opened.pipeline, prompts, batches, missing, size, out, advance, record)
+            _run(asked, opened.pipeline, prompts, batches, missing, size, out, advance, record)
     except KeyboardInterrupt as error:
         done = _list(out, jobs) if ranks.main else 0
         raise Interrupted(

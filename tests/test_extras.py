@@ -21,6 +21,7 @@ from diffalign.eval.evaluate import parse_model
 from diffalign.eval.prompts import Prompt
 from diffalign.facts import read_facts
 from diffalign.families.extras import Extra, SoftTokens, load_extra, save_extra
+from diffalign.families.guidance import GuidanceAdapters, widths_of
 from diffalign.families.lora import find_lora
 from diffalign.families.users import USER, UserAttention, cross_attentions
 from diffalign.pipelines.extras import apply_extra, parse_user, split_user
@@ -32,7 +33,7 @@ from diffalign.roles import Roles
 from diffalign.run import Run, train
 from diffalign.setup import build_roles, load_base, make_method_of
 
-KINDS = ("soft-tokens", "user-attention")
+KINDS = ("soft-tokens", "user-attention", "guidance-adapters")
 
 
 def made(kind: str, unet: UNet2DConditionModel, seed: int = 0) -> Extra:
@@ -41,6 +42,8 @@ def made(kind: str, unet: UNet2DConditionModel, seed: int = 0) -> Extra:
         torch.manual_seed(seed)
         if kind == "soft-tokens":
             extra: Extra = SoftTokens(2, int(unet.config.cross_attention_dim), ("down", "mid", "up"), times=10)
+        elif kind == "guidance-adapters":
+            extra = GuidanceAdapters(widths_of(unet), int(unet.config.cross_attention_dim), 8, 2)
         else:
             widths = {name: a.inner_dim for name, a in cross_attentions(unet).items()}
             extra = UserAttention(widths, ("ann", "bob"), 3, 6)
@@ -57,7 +60,7 @@ def inputs(n: int = 2) -> tuple[Tensor, Tensor, Cond]:
 
 
 def roles_of(checkpointing: bool = False) -> Roles:
-    """An adapter and both kinds of parts on one U-Net."""
+    """An adapter and all kinds of parts on one U-Net."""
     plain = make_roles(()).unet
     modules = {kind: made(kind, plain) for kind in KINDS}
     roles = make_roles(("fake",), modules=modules, checkpointing=checkpointing)
@@ -114,7 +117,7 @@ def test_a_compiled_network_follows_its_role() -> None:
     compiled.unet.compile(backend="eager")
     x, t, cond = inputs()
     with torch.no_grad():
-        for role in ("soft-tokens", "base", "user-attention", "soft-tokens"):
+        for role in ("soft-tokens", "base", "user-attention", "guidance-adapters", "soft-tokens"):
             torch.testing.assert_close(plain(role, x, t, cond), compiled(role, x, t, cond), rtol=1e-5, atol=1e-6)
 
 
@@ -136,6 +139,8 @@ def test_a_pipeline_with_parts_from_a_file(family: str, kind: str, tmp_path: Pat
     pipe = PIPELINES[family]()
     base = draw(pipe)
     live = made(kind, pipe.unet)
+    if isinstance(live, GuidanceAdapters):
+        live.prediction = pipe.scheduler.config.prediction_type
     live.attach(pipe.unet)
     live.on = True
     expected = draw(pipe)
@@ -175,7 +180,7 @@ def test_users_and_strength(tmp_path: Path) -> None:
     for path, user, scale, expected in (
         (tmp_path, "bop", 1.0, "knows no user 'bop'; did you mean 'bob'"),
         (tmp_path, "ann:x", 1.0, "is not NAME:WEIGHT"),
-        (tmp_path / "nowhere", None, 1.0, "holds no soft tokens or user attention"),
+        (tmp_path / "nowhere", None, 1.0, "holds no soft tokens, user attention or adapters"),
     ):
         with pytest.raises(UserError, match=expected):
             apply_extra(pipe, path, user, scale)
@@ -203,7 +208,7 @@ def test_damaged_and_foreign_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is damaged"):
         load_extra(file)
     file.write_bytes(whole.replace(b"soft-tokens", b"soft-tokenz"))
-    with pytest.raises(UserError, match="holds no soft tokens or user attention"):
+    with pytest.raises(UserError, match="holds no soft tokens, user attention or guidance"):
         load_extra(file)
     file.write_bytes(whole.replace(rb"\"count\": 2", rb"\"count\": 3"))
     with pytest.raises(UserError, match="cannot be read"):

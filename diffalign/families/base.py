@@ -19,6 +19,7 @@ from ..data.batch import Cond
 from ..errors import UserError
 from ..recipe import LoraFile
 from .folder import ModelFolder
+from .guidance import EMBEDDING
 from .lora import fuse_loras
 from .schedulers import make_scheduler
 from .segments import count_tokens, encode_segments, towers_of
@@ -199,9 +200,10 @@ class Model:
         output = unet(x_t.to(dtype), t, encoder_hidden_states=text.embeds, **self._extra(text)).sample
         return output.to(torch.promote_types(output.dtype, torch.float32))
 
-    def _extra(self, cond: Cond) -> dict[str, dict[str, Tensor]]:
+    def _extra(self, cond: Cond) -> dict[str, Any]:
         """Keyword arguments of the U-Net beyond the text."""
-        return {"added_cond_kwargs": cond.added} if cond.added else {}
+        found: dict[str, Any] = {"added_cond_kwargs": cond.added} if cond.added else {}
+        return found | ({EMBEDDING: cond.added[EMBEDDING]} if EMBEDDING in cond.added else {})
 
     def lora_targets(self, preset: str | Sequence[str]) -> list[str]:
         """Exact names of the layers that carry adapters (see `families.targets.lora_targets`)."""

@@ -1,4 +1,4 @@
-"""Small trained parts beside a frozen U-Net that enter its call: soft text tokens, a user's cross-attention.
+"""Small trained parts beside a frozen U-Net that enter its call: soft text tokens, a user's cross-attention, guidance.
 
 They enter by hooks, so no forward is copied and the U-Net's own weights and names stay as they are. What a call brings
 along is put in the place of the text that a block is given, outside of what gradient checkpointing recomputes: a
@@ -150,9 +150,10 @@ class SoftTokens(Extra):
 
 def kinds() -> dict[str, type[Extra]]:
     """Every kind by its name in files."""
+    from .guidance import GuidanceAdapters
     from .users import UserAttention
 
-    return {each.kind: each for each in (SoftTokens, UserAttention)}
+    return {each.kind: each for each in (SoftTokens, UserAttention, GuidanceAdapters)}
 
 
 def save_extra(extra: Extra, folder: Path, dtype: torch.dtype | None = None) -> Path:
@@ -196,7 +197,9 @@ def load_extra(file: Path, unet: nn.Module | None = None) -> Extra:
     header = extra_header(file)
     known = kinds()
     if header is None or header.get("kind") not in known:
-        raise UserError(f"'{file}' holds no soft tokens or user attention; give the file that a run wrote into model/")
+        raise UserError(
+            f"'{file}' holds no soft tokens, user attention or guidance adapters; give the file of a run's model/"
+        )
     try:
         extra = known[header["kind"]](**header["settings"])
         with safe_open(file, framework="pt") as opened:
@@ -211,10 +214,14 @@ def load_extra(file: Path, unet: nn.Module | None = None) -> Extra:
 
 
 def _check_fits(extra: Extra, unet: nn.Module, file: Path) -> None:
+    from .guidance import GuidanceAdapters, widths_of
     from .users import UserAttention, cross_attentions
 
+    text = {"text": int(unet.config.cross_attention_dim)}  # type: ignore[union-attr, arg-type]
     if isinstance(extra, SoftTokens):
-        mine, its = {"text": extra.tokens.shape[1]}, {"text": int(unet.config.cross_attention_dim)}  # type: ignore[union-attr, arg-type]
+        mine, its = {"text": extra.tokens.shape[1]}, text
+    elif isinstance(extra, GuidanceAdapters):
+        mine, its = {**extra.widths, "text": extra.text}, widths_of(unet) | text
     else:
         assert isinstance(extra, UserAttention)
         mine, its = extra.widths, {name: attention.inner_dim for name, attention in cross_attentions(unet).items()}

@@ -116,9 +116,9 @@ class UserAttention(Extra):
 
     # -- how ----------------------------------------------------------------------------------------------------------
 
-    def condition(self, text: Tensor, call: Tensor) -> tuple[Tensor, Tensor]:
-        """Text and users side by side, parted again by each attention."""
-        return text, call
+    def condition(self, text: Tensor, call: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Text and users side by side, parted again by each attention; for the hooks of this one alone."""
+        return text, call, id(self)
 
     def attach(self, unet: nn.Module) -> None:
         """Hooks on the blocks, and on each cross-attention: its input, its query and its output layer."""
@@ -132,9 +132,9 @@ class UserAttention(Extra):
         def part(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = kwargs.get("encoder_hidden_states")
             layer.query, layer.users = None, None
-            if not isinstance(given, tuple):
+            if not isinstance(given, tuple) or given[2] != id(self):
                 return None
-            text, layer.users = given
+            text, layer.users, _ = given
             return args, {**kwargs, "encoder_hidden_states": text}
 
         def keep(module: nn.Module, args: tuple[Any, ...], query: Tensor) -> None:

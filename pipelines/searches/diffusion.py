@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -14,7 +14,7 @@ from ...denoiser import Denoiser, guide
 from ...eval.scorers import Scorer, load_scorer
 from ...facts import RENOISING, SamplingRecord
 from ...keyed import normal
-from ...rollouts.policy import Policy, few_steps
+from ...rollouts.policy import CLEAN, Policy
 from ..sample import step_noise
 from .core import MADE, Key, World
 
@@ -97,7 +97,10 @@ class DiffusionWorld(World):
             encoder_hidden_states=torch.cat([told[f"{name}prompt_embeds"] for name in names]),
             added_cond_kwargs=added,
         ).sample.float()
-        return guide(*output.chunk(2)[::-1], self.guidance) if self.guided else output
+        if not self.guided:
+            return output
+        uncond, cond = output.chunk(2)
+        return guide(cond, uncond, self.guidance)
 
     def decode(self, latents: Tensor) -> list[Any]:
         vae = self.pipe.vae
@@ -139,13 +142,14 @@ def policy_of(
     deterministic student's add none (eta 0), nor do those of a scheduler that cannot be followed."""
     if record is None or (record.timesteps is None and record.scheduler == "DDIMScheduler"):
         spacing, offset = config.get("timestep_spacing", "leading"), config.get("steps_offset", 0)
-        times = denoiser.timesteps(steps, spacing, offset).tolist()
-        return Policy(*few_steps(times), eta=eta)
-    given = record.times(steps)
-    if given is None:
-        return Policy(*few_steps(denoiser.timesteps(steps).tolist()), eta=0.0)
-    kernel: Any = "renoise" if record.scheduler in RENOISING else "ddim"
-    return Policy(*few_steps(given), kernel=kernel, eta=0.0 if record.deterministic else 1.0, scale=record.scale)
+        times = tuple(denoiser.timesteps(steps, spacing, offset).tolist())
+        return Policy(times, (*times[1:], CLEAN), eta=eta)
+    followed = record.times(steps)
+    times = followed or tuple(denoiser.timesteps(steps).tolist())
+    if followed is None or record.deterministic:
+        return Policy(times, (*times[1:], CLEAN), eta=0.0)
+    kernel: Literal["renoise", "ddim"] = "renoise" if record.scheduler in RENOISING else "ddim"
+    return Policy(times, (*times[1:], CLEAN), kernel=kernel, scale=record.scale)
 
 
 def reward_of(reward: str | Scorer | Reward, device: str, dtype: str = "auto") -> Scorer | Reward:

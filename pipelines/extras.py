@@ -70,7 +70,7 @@ def apply_extra(pipe: DiffusionPipeline, path: str | Path, user: User | None = N
 
 
 def told_guidance(extra: Extra | None, guidance: float, negative: str | None = None) -> float:
-    """The ``guidance_scale`` of a pipeline with these parts: guidance adapters are told it, and the pipeline has 1 then,
+    """The ``guidance_scale`` of a pipeline with these parts: guidance adapters are told ``guidance``, and it is 1 then,
     which is one branch; without such it stays as it is.
 
     Warns of a guidance that the adapters were not trained for. Raises UserError for a negative prompt, which needs the

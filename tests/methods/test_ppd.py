@@ -128,7 +128,7 @@ def test_the_extra_attention_is_ip_adapters() -> None:
     part.attach(block)
     with torch.no_grad():
         plain = attention(x, encoder_hidden_states=text)
-        ours = attention(x, encoder_hidden_states=(text, user))
+        ours = attention(x, encoder_hidden_states=part.condition(text, user))
         again = attention(x, encoder_hidden_states=text)
         part.detach()
         attention.set_processor(theirs)

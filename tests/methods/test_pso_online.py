@@ -99,6 +99,12 @@ def test_the_objective_is_offline_psos() -> None:
         found = loss_of(trainer, batch)
     torch.testing.assert_close(found.values, pso_loss(*student, *base, 50.0)[0])
     torch.testing.assert_close(found.metrics["chosen_error"], student[0])
+    t, noise = batch.columns["t"], trainer.ctx.draw(batch)[1]
+    for name, expected in (("image", student[0]), ("reference", student[1])):
+        x_t = SD.add_noise(batch.latents[name], noise, t)
+        with torch.no_grad():
+            error = trainer.ctx.error("student", x_t, t, batch.cond["prompt"], noise)
+        torch.testing.assert_close(error, expected, rtol=1e-4, atol=1e-5)
     assert not make_method("pso_pictures", {"loss": "hinge"}).needs.reference
     with pytest.raises(ValidationError, match="cancel out"):
         make_method("pso_pictures", {"loss": "hinge", "beta": 5.0, "negative": 0.1, "prior": 0.5})

@@ -48,6 +48,10 @@ LABELLERS = {"tiny-pairs": (IN_LOOP,), "tiny-ranked": (IN_LOOP, "tiny-hps")}
 POLL = 0.2  # seconds between looks at the processes
 
 
+# students that take as many steps as the base, at half the forwards: judged beside it, not over steps
+GUIDED = dict.fromkeys(("agd", "lora_guidance"), "guidance")
+
+
 @dataclass
 class Entry:
     """A row to be: its recipe, or why there is none."""
@@ -68,7 +72,7 @@ def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> lis
 
     Raises UserError for an unknown name in ``only`` and for overrides that a recipe does not take."""
     makers = [row for row in list_methods() if "student" in row.get("roles", ["student"])]  # no preference models
-    groups = {row["name"]: row["group"] for row in makers}
+    groups = {row["name"]: GUIDED.get(row["name"], row["group"]) for row in makers}
     sources = {name.partition("/")[2]: name for name in builtin_recipes() if name.startswith("tiny/")}
     entries = [Entry("base", "base", note=MODEL)]
     for name, source in {"shuffled": DPO, "sft": "tiny/sft", **sources}.items():

@@ -163,7 +163,7 @@ class World:
     ) -> None:
         self.method, self.rows, self.kind = method, rows, fake
         config = method.config
-        self.times: tuple[int, ...] = tuple(getattr(config, "timesteps", (999,)))
+        self.times: tuple[int, ...] = tuple(getattr(config, "timesteps", None) or (999,))
         self.teacher = Teacher(m_c, m_u, s)
         scale = float(level(self.times[0])[1]) if getattr(config, "start", "unit") == "sigma" else 1.0
         self.student = Student(self.times, getattr(config, "rollout", "renoise"), scale)

@@ -172,17 +172,18 @@ class Consistency(Method[K], Generic[K]):
         if config.times == "uniform":
             picked = [int(rng.integers(len(grid.times))) for rng in ctx.rng("time", batch)]
         else:
-            levels = ([float(ctx.denoiser.snr(t)) ** -0.5 for t in of] for of in (grid.times, grid.before))
-            total = lognormal_shares(*levels, config.time_mean, config.time_std).cumsum()
+            above, below = ([float(ctx.denoiser.snr(t)) ** -0.5 for t in of] for of in (grid.times, grid.before))
+            total = lognormal_shares(above, below, config.time_mean, config.time_std).cumsum()
             drawn = [rng.random() for rng in ctx.rng("time", batch)]
             picked = [min(int(np.searchsorted(total, u, side="right")), len(total) - 1) for u in drawn]
         low, high = config.guidance
         w = on_device([low + (high - low) * rng.random() for rng in ctx.rng("guidance", batch)], real.device)
-        t, before, end, top = (
-            on_device([of[i] for i in picked], real.device) for of in (grid.times, grid.before, grid.ends, grid.tops)
+        t, before, end = (
+            on_device([of[i] for i in picked], real.device) for of in (grid.times, grid.before, grid.ends)
         )
+        spans = tuple((grid.ends[i], grid.tops[i]) for i in picked)
         x_t = ctx.denoiser.add_noise(real, ctx.draw(batch)[1], t)
-        return Point(x_t, t, before, end, top, w, batch.condition("image"))
+        return Point(x_t, t, before, end, spans, w, batch.condition("image"))
 
     def solve(self, ctx: Context, point: Point) -> Tensor:
         """The teacher's DDIM step from ``t`` to ``before``, guided: (B, C, h, w)."""

@@ -78,9 +78,9 @@ class Guards:
         if values.get("rounds_empty", 0.0) > 0:
             share = f"{values['rounds_empty']:.0%} of the last rounds left nothing to learn"
             found["rounds"] = f"{share}: no pair was far enough apart, or all samples of a prompt scored alike"
-        if not FEW <= (share := values.get("kept", FEW)) <= 1 - FEW:
-            how = "lower method.threshold" if share < FEW else "method.threshold leaves out next to none; raise it"
-            found["kept"] = f"{share:.0%} of the pairs of the last rounds were far enough apart to be kept: {how}"
+        if not FEW <= (kept := values.get("kept", FEW)) <= 1 - FEW:
+            how = "lower method.threshold" if kept < FEW else "method.threshold leaves out next to none; raise it"
+            found["kept"] = f"{kept:.0%} of the pairs of the last rounds were far enough apart to be kept: {how}"
         found |= self._sigmoid(values) | self._hacking(values)
         self._remember("train", values)
         return self._alarms(found)

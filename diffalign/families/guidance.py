@@ -128,7 +128,7 @@ class GuidanceAdapters(Extra):
             w = added[GUIDANCE].reshape(-1).float() / UNITS
         else:
             w = torch.full((rows,), self.chosen, device=t.device)
-        kind = self.guide[0].weight.dtype  # type: ignore[union-attr]
+        kind = next(self.guide.parameters()).dtype
         tokens = [self.guide(waves(100 * w).to(kind))]  # 12 becomes 1200: as fine as times are told
         if self.time is not None:
             tokens.append(self.time(waves(t).to(kind)))

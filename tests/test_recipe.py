@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -347,6 +348,14 @@ SHEET: dict[str, dict[str, Any]] = {
         f"{family}/tscd": {"method.segments": 8, "method.loss": "mse", "method.gan_weight": 0.0}
         | {"model.storage": "adapters", "model.lora.rank": 64, "model.lora.targets": "all", "data.resolution": side}
         for family, side in (("sd15", 512), ("sdxl", 1024))
+    },
+    # distillation sheet 11.1; rank and rate of the LoRA are ours
+    **{
+        f"{family}/scm": {"model.storage": storage, "train.lr": lr, "method.guidance": [4.0, 5.0]}
+        | {"method.warmup": 4000, "train.max_grad_norm": 0.1, "method.normalise": 0.1, "method.time_std": 1.6}
+        | {"method.timesteps": [999, 719]}
+        | {"method.time_mean": round(0.2 - math.log(0.5), 3), "data.resolution": side}
+        for family, storage, lr, side in (("sd15", "copies", 1e-6, 512), ("sdxl", "adapters", 1e-5, 1024))
     },
     # distillation sheet 20: no settings for pictures; those of 24.4 and 29.3, DMD2's guidance (3.4)
     **{

@@ -282,6 +282,7 @@ def every_method() -> list[Method[Any]]:
         "tdm": {"timesteps": [899, 449], "loss": "mse", "step_fake": True},  # pseudo-Huber makes a sign of rounding
         "lcm": {"loss": "mse", "target_ema": 0.5},  # as TDM's
         "pcm": {"loss": "mse", "gan_width": 8, "target_ema": 0.5},
+        "scm": {"tangent": "jvp"},  # differences are rounding, a thousandfold
         "distillation_dpo": {"timesteps": [999], "critic_steps": 1},
         "dmd2": {"timesteps": [999, 499], "critic_steps": 1, "gan_weight": 0.1, "gan_width": 8, "step_fake": True},
         "decoupled_dmd": {"timesteps": [999], "critic_steps": 1},

@@ -177,7 +177,9 @@ class Roles:
         """Move a role's weights by ``share`` of the way towards another's, both versions of the U-Net.
 
         Of adapters the factors A and B move, so that their product does so only nearly: see `share_factors`."""
-        torch._foreach_lerp_(self.parameters(role), self.parameters(towards), share)
+        mine: list[Tensor] = [*self.parameters(role)]
+        theirs: list[Tensor] = [*self.parameters(towards)]
+        torch._foreach_lerp_(mine, theirs, share)
 
     @torch.no_grad()
     def share_factors(self, role: str, towards: str) -> None:

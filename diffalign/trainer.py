@@ -216,8 +216,8 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         if scaler.is_enabled():
             scaler.update()
-        for role, towards, share in phase.pulls:
-            self.roles.pull(role, towards, share)
+        for pull in phase.pulls:
+            self.roles.pull(*pull)
 
     def rolled(self, slot: Slot, prompts: Collection[Batch]) -> Collection[Batch]:
         """The items of this update, in micro-batches; the first update of a round has them sampled (`rollouts`).

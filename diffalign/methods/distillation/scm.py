@@ -202,7 +202,7 @@ class SCM(Method[SCMConfig]):
             try:
                 with sdpa_kernel(SDPBackend.MATH):
                     at = (x, angle.float(), t.float())
-                    found: Tensor = torch.func.jvp(lambda *point: said(*point, cond), at, along)[1]
+                    found: Tensor = torch.func.jvp(lambda x, a, t: said(x, a, t, cond), at, along)[1]
             except NotImplementedError as error:
                 raise UserError(
                     "this attention has no forward-mode derivative; set method.tangent=difference, or model.attention "

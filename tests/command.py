@@ -82,8 +82,9 @@ class Child:
         return Result(status, out, err)
 
     def err(self) -> str:
-        """What stderr holds so far."""
-        return (self.folder / "err").read_text()
+        """What stderr holds so far; the file is made as the process begins."""
+        file = self.folder / "err"
+        return file.read_text() if file.exists() else ""
 
 
 class Server:

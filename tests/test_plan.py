@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,12 +70,15 @@ UNETS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 }
 
 
-def roles_of(name: str, copies: bool, checkpointing: bool, reference: bool, device: str) -> Roles:
+def roles_of(
+    name: str, copies: bool, checkpointing: bool, reference: bool, device: str, trained: Sequence[str] = ("student",)
+) -> Roles:
     lora = LoraConfig(r=8, lora_alpha=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     with torch.device(device):
         return Roles(
             UNETS[name][0](),
             forward,
+            trained,
             lora=None if copies else lora,
             checkpointing=checkpointing,
             reference=reference,
@@ -330,7 +333,8 @@ def count_calls(trainer: Trainer, visits: int) -> dict[str, float]:
 )
 def test_planned_calls_are_those_that_are_made(method: Method[Any]) -> None:
     made = count_calls(make_trainer(method), 6)
-    roles = roles_of("tiny", False, False, method.needs.reference, "meta")
+    trained = [role for role in method.roles if role in ("student", "target")]
+    roles = roles_of("tiny", False, False, method.needs.reference, "meta", trained)
     shapes, denoiser = Shapes((4, 8, 8), 5, 16, longest=4), Denoiser.from_config(SD_SCHEDULE)
     decoder = (lambda latents: latents[:, :3]) if method.needs.decode else None
     used = simulate_phase(method, roles, method.phases[0], shapes, 4, denoiser, decoder=decoder)

@@ -203,9 +203,11 @@ def test_an_interrupt_returns_what_there_is(pipe: SearchPipeline) -> None:
         pipe(TEXTS[0], reward=reward, **options)
 
 
-def test_wrong_calls_say_what_is_wrong(pipe: SearchPipeline) -> None:
+def test_wrong_calls_say_what_is_wrong(stock: StableDiffusionPipeline) -> None:
+    pipe = SearchPipeline.of(stock)
+    pipe.scheduler = DDIMScheduler.from_config(stock.scheduler.config)
     options: dict[str, Any] = {"reward": brightness, "num_inference_steps": 5, "guidance_scale": 3.0}
-    with pytest.raises(UserError, match="budget 9: 'best-of-n' takes 12 U-Net calls for one picture at 5 steps"):
+    with pytest.raises(UserError, match="budget 9: 'best-of-n' takes 10 U-Net calls for one picture at 5 steps"):
         pipe(TEXTS[0], budget=9, **options)
     with pytest.raises(UserError, match="for one pass at 5 steps"):
         pipe(TEXTS[0], budget=9, search="beam", **options)

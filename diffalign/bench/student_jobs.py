@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from ..methods import method_config
+from ..families import detect
+from ..methods import make_method
 from ..recipe import Recipe
 from . import judge, students
 from .judge import GUIDANCE, STEPS
@@ -74,10 +75,11 @@ def with_students(recipes: Mapping[str, Recipe], jobs: dict[str, list[Job]], out
 
 
 def times_of(recipe: Recipe) -> tuple[int, ...]:
-    """The times that a recipe's student is trained for."""
+    """The times that a recipe's student is sampled at."""
     options = {name: value for name, value in recipe.method.model_dump().items() if name != "name"}
-    times: tuple[int, ...] = getattr(method_config(recipe.method.name).model_validate(options), "timesteps", ())
-    return times
+    base, _ = detect(recipe.model)
+    record = make_method(recipe.method.name, options).sampling(base.scheduler)
+    return tuple(record.timesteps or ()) if record else ()
 
 
 def on_top(job: Job, before: Job, company: Company) -> StudentJob:

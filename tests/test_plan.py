@@ -332,9 +332,15 @@ def count_calls(trainer: Trainer, visits: int) -> dict[str, float]:
     "method", [m for m in every_method() if len(m.phases) == 1 and "student" in m.roles], ids=lambda m: type(m).__name__
 )
 def test_planned_calls_are_those_that_are_made(method: Method[Any]) -> None:
-    made = count_calls(make_trainer(method), 6)
+    trainer = make_trainer(method)
+    made = count_calls(trainer, 6)
     trained = [role for role in method.roles if role in ("student", "target")]
     roles = roles_of("tiny", False, False, method.needs.reference, "meta", trained)
+    for name, module in trainer.roles.modules.items():
+        if name in trainer.roles.extras:  # stands in the student's calls, which are counted as they are without it
+            continue
+        roles.modules[name] = module.to("meta")
+        roles._parameters[name] = dict(module.named_parameters())
     shapes, denoiser = Shapes((4, 8, 8), 5, 16, longest=4), Denoiser.from_config(SD_SCHEDULE)
     decoder = (lambda latents: latents[:, :3]) if method.needs.decode else None
     used = simulate_phase(method, roles, method.phases[0], shapes, 4, denoiser, decoder=decoder)

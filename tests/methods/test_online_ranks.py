@@ -72,7 +72,8 @@ def test_two_processes_give_the_round_of_one(names: list[str], tmp_path: Path) -
         assert gap(end, two[name][1]) < 1e-2 * gap(start, end), name
         assert {k for k in values if "norm" not in k} == {k for k in two[name][2] if "norm" not in k}
         for key in {"loss", "reward", "idle", "rounds_empty"} & values.keys():
-            assert two[name][2][key] == pytest.approx(values[key], rel=1e-3, abs=1e-5), (name, key)
+            # a loss of advantages, which sum to 0, is the rest of numbers near 1
+            assert two[name][2][key] == pytest.approx(values[key], rel=1e-3, abs=1e-4), (name, key)
     if "spo" in names:
         assert one["spo"][2]["kept"] == 0.5 and one["spo"][2]["idle"] == 0.5, (
             "half of the pairs, in half of the updates"

@@ -130,8 +130,8 @@ def test_a_round_is_on_policy() -> None:
 def test_the_reward_goes_up() -> None:
     trainer = grown(start=2, train={"lr": 3e-3, "batch": 8}, updates=2, clip=0.1)
     before = collected(trainer, range(12)).metrics["reward"].mean()
-    warm(trainer, 4)
-    assert float(collected(trainer, range(12)).metrics["reward"].mean()) > float(before)
+    warm(trainer, 40)  # the first ones go down
+    assert float(collected(trainer, range(12)).metrics["reward"].mean()) > float(before) + 0.03
 
 
 def test_what_a_tree_costs_is_told() -> None:

@@ -12,17 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    SchedulerMixin,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from PIL import Image
@@ -30,6 +23,7 @@ from torch import Tensor
 
 from diffalign.denoiser import Denoiser, guide
 from diffalign.errors import UserError
+from diffalign.pipelines import stock
 
 Images = Image.Image | Sequence[Image.Image] | Tensor
 
@@ -54,54 +48,26 @@ class InversionOutput(BaseOutput):
     latent_error: Tensor
 
 
-class InversionPipeline(DiffusionPipeline):
+class InversionPipeline(stock.StockPipeline):
     """DDIM inversion in both time conventions, with ReNoise's fixed-point steps (Garibi et al., arXiv 2403.14602).
 
     All arithmetic of the schedule is in fp32, whatever the networks compute in.
     """
 
-    _optional_components = [  # noqa: RUF012 - diffusers reads a list
-        "text_encoder_2",
-        "tokenizer_2",
-        "safety_checker",
-        "feature_extractor",
-        "image_encoder",
-    ]
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
+    @cached_property
+    def factor(self) -> int:
+        """Pixels a side of one of the VAE's latents."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        text_encoder: Any,
-        tokenizer: Any,
-        unet: UNet2DConditionModel,
-        scheduler: SchedulerMixin,
-        text_encoder_2: Any = None,
-        tokenizer_2: Any = None,
-        safety_checker: Any = None,
-        feature_extractor: Any = None,
-        image_encoder: Any = None,
-        force_zeros_for_empty_prompt: bool = True,
-        requires_safety_checker: bool = False,
-    ) -> None:
-        super().__init__()
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            text_encoder_2=text_encoder_2,
-            tokenizer_2=tokenizer_2,
-            safety_checker=None,
-            feature_extractor=feature_extractor,
-            image_encoder=image_encoder,
-        )
-        self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.processor = VaeImageProcessor(vae_scale_factor=self.factor)
-        scheduled = {**scheduler.config, "_class_name": type(scheduler).__name__}
-        self.denoiser = Denoiser.from_config(scheduled)
+    @cached_property
+    def processor(self) -> VaeImageProcessor:
+        """Pictures to pixels and back."""
+        return VaeImageProcessor(vae_scale_factor=self.factor)
+
+    @cached_property
+    def denoiser(self) -> Denoiser:
+        """The schedule."""
+        return Denoiser.from_config({**self.scheduler.config, "_class_name": type(self.scheduler).__name__})
 
     @torch.no_grad()
     def invert(
@@ -233,28 +199,12 @@ class InversionPipeline(DiffusionPipeline):
         self, prompts: list[str], negative: list[str] | None, guided: bool, x0: Tensor
     ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Embeddings, unconditional branch first, encoded as the family's own pipeline does it."""
-        parts = {
-            "vae": self.vae,
-            "text_encoder": self.text_encoder,
-            "tokenizer": self.tokenizer,
-            "unet": self.unet,
-            "scheduler": self.scheduler,
-        }
+        pipe: Any = self.stock
         device = self._execution_device
         if self.text_encoder_2 is None:
-            plain = StableDiffusionPipeline(
-                **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-            )
-            cond, uncond = plain.encode_prompt(prompts, device, 1, guided, negative)
+            cond, uncond = pipe.encode_prompt(prompts, device, 1, guided, negative)
             return torch.cat([uncond, cond]) if guided else cond, None
-        large = StableDiffusionXLPipeline(
-            **parts,
-            text_encoder_2=self.text_encoder_2,
-            tokenizer_2=self.tokenizer_2,
-            force_zeros_for_empty_prompt=self.config.force_zeros_for_empty_prompt,
-            add_watermarker=False,
-        )
-        cond, uncond, pooled, plain_pooled = large.encode_prompt(
+        cond, uncond, pooled, plain_pooled = pipe.encode_prompt(
             prompts, device=device, do_classifier_free_guidance=guided, negative_prompt=negative
         )
         height, width = (side * self.factor for side in x0.shape[-2:])

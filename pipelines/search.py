@@ -16,17 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    SchedulerMixin,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from PIL import Image
 
@@ -35,6 +28,7 @@ from diffalign.eval.prompts import text_id
 from diffalign.eval.scorers import Scorer
 from diffalign.facts import SamplingRecord, recorded
 from diffalign.families.schedulers import recorded_scheduler
+from diffalign.pipelines import stock
 from diffalign.pipelines.sample import TextCache
 from diffalign.pipelines.searches.core import Found
 from diffalign.pipelines.searches.diffusion import DiffusionWorld, Reward, reward_of
@@ -58,77 +52,28 @@ class SearchOutput(BaseOutput):
     searches: list[Found]
 
 
-class SearchPipeline(DiffusionPipeline):
+class SearchPipeline(stock.StockPipeline):
     """Searches for pictures of high reward under a budget of U-Net calls; see the module's text."""
 
-    _optional_components = [  # noqa: RUF012 - diffusers reads a list
-        "text_encoder_2",
-        "tokenizer_2",
-        "safety_checker",
-        "feature_extractor",
-        "image_encoder",
-    ]
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->unet->vae"
+    record: SamplingRecord | None = None
 
-    def __init__(
-        self,
-        vae: AutoencoderKL,
-        text_encoder: Any,
-        tokenizer: Any,
-        unet: UNet2DConditionModel,
-        scheduler: SchedulerMixin,
-        text_encoder_2: Any = None,
-        tokenizer_2: Any = None,
-        safety_checker: Any = None,
-        feature_extractor: Any = None,
-        image_encoder: Any = None,
-        force_zeros_for_empty_prompt: bool = True,
-        requires_safety_checker: bool = False,
-    ) -> None:
-        super().__init__()
-        self.register_modules(
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            text_encoder_2=text_encoder_2,
-            tokenizer_2=tokenizer_2,
-            safety_checker=None,
-            feature_extractor=feature_extractor,
-            image_encoder=image_encoder,
-        )
-        self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
-        self.record: SamplingRecord | None = None
-        self.scorers: dict[str, Scorer | Reward] = {}  # those that were asked for by name, once loaded
+    @cached_property
+    def scorers(self) -> dict[str, Scorer | Reward]:
+        """Those that were asked for by name, once loaded."""
+        return {}
 
     @classmethod
     def of(cls, pipe: DiffusionPipeline, record: SamplingRecord | None = None) -> SearchPipeline:
         """Over an opened pipeline of a family; ``record``: of a few-step student."""
-        names = ("vae", "text_encoder", "tokenizer", "unet", "scheduler", "text_encoder_2", "tokenizer_2")
-        zeros = bool(pipe.config.get("force_zeros_for_empty_prompt", True))
-        parts: dict[str, Any] = {name: getattr(pipe, name, None) for name in names}
-        made = cls(**parts, force_zeros_for_empty_prompt=zeros)
+        made = super().of(pipe)
         made.record = record
         made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
         return made
 
     @property
-    def stock(self) -> Any:
+    def stock(self) -> DiffusionPipeline:
         """diffusers' own pipeline of this family over the same networks, without a bar of its own."""
-        parts = {n: getattr(self, n) for n in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
-        if self.text_encoder_2 is None:
-            made: Any = StableDiffusionPipeline(
-                **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-            )
-        else:
-            made = StableDiffusionXLPipeline(
-                **parts,
-                text_encoder_2=self.text_encoder_2,
-                tokenizer_2=self.tokenizer_2,
-                force_zeros_for_empty_prompt=self.config.force_zeros_for_empty_prompt,
-                add_watermarker=False,
-            )
+        made = super().stock
         made.set_progress_bar_config(disable=True)
         return made
 

@@ -364,6 +364,13 @@ SHEET: dict[str, dict[str, Any]] = {
         | {"method.guidance": guidance, "method.timesteps": times, "train.max_grad_norm": 10.0}
         for family, guidance, times in (("sd15", 1.75, [999]), ("sdxl", 8.0, [999, 749, 499, 249]))
     },
+    # distillation sheet 17; the fake score's rate of adapters is that of 29.3
+    **{
+        f"{family}/phased_dmd": {"model.storage": "adapters", "model.lora.rank": 64, "model.lora.alpha": 8}
+        | {"train.lr": 5e-5, "train.role_lr.fake": 1e-4, "method.critic_steps": 5, "train.batch": 64}
+        | {"method.timesteps": [999, 749, 499, 249], "method.phases": [2, 2], "data.resolution": side}
+        for family, side in (("sd15", 512), ("sdxl", 1024))
+    },
     # DCPO's run on this model, but at its own size and on its own prediction (sheet 8.3 and 8.7)
     "sd21/dpo": {**SHARED, **LAUNCHER, "method.name": "dpo", "method.beta": 500, "method.error_space": "epsilon"}
     | {"train.batch": 128 * 8, "train.lr": 1e-8 * 128 * 8, "data.caption_dropout": 0.0, "data.resolution": 768},

@@ -287,6 +287,7 @@ def every_method() -> list[Method[Any]]:
         "dmd2": {"timesteps": [999, 499], "critic_steps": 1, "gan_weight": 0.1, "gan_width": 8, "step_fake": True},
         "decoupled_dmd": {"timesteps": [999], "critic_steps": 1},
         "f_distill": {"timesteps": [999], "critic_steps": 1, "gan_width": 8},
+        "phased_dmd": {"timesteps": [999, 499], "critic_steps": 1},
         "ddpo": {**SAMPLED, "clip": 0.2},
         "grpo": {**SAMPLED, "clip": 0.2, "kl": 0.1},
         "d3po": {**SAMPLED, "beta": 10.0},

@@ -169,11 +169,15 @@ class ScoreDistill(Method[D], Generic[D]):
             "method.step_fake=true tells it the step"
         ]
 
+    def marks(self) -> tuple[int, ...]:
+        """Which of the learned vectors that tell the fake score the step (``step_fake``) each step has."""
+        return tuple(range(len(self.config.timesteps)))
+
     def build(self, family: Model) -> dict[str, nn.Module]:
         """The vector that tells the fake score the step: zeros at first, as wide as the text."""
         if not self.config.step_fake:
             return {}
-        steps = nn.Embedding(len(self.config.timesteps), int(family.unet.config.cross_attention_dim))
+        steps = nn.Embedding(max(self.marks()) + 1, int(family.unet.config.cross_attention_dim))
         nn.init.zeros_(steps.weight)
         return {"steps": steps}
 
@@ -284,7 +288,9 @@ class ScoreDistill(Method[D], Generic[D]):
         """What a fake score is told with and without the prompt: the step besides, where the settings say so."""
         cond, uncond = sample.cond, ctx.uncond.expand(len(sample.cond))
         if self.config.step_fake:
-            vector = ctx.roles.modules["steps"](on_device(sample.steps, cond.embeds.device))[:, None]
+            marks = self.marks()
+            told = on_device([marks[k] for k in sample.steps], cond.embeds.device)
+            vector = ctx.roles.modules["steps"](told)[:, None]
             cond, uncond = Cond(cond.embeds + vector, cond.added), Cond(uncond.embeds + vector, uncond.added)
         return cond, uncond
 

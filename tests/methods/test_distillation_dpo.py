@@ -98,6 +98,29 @@ def test_the_loser_is_the_noisier_or_the_worse_by_the_reward() -> None:
     assert max(float(g.abs().max()) for g in gradients(trainer, method)) > 1e-6
 
 
+def test_each_fake_score_learns_its_own_kind() -> None:
+    """The winners' at the winners, the losers' at the losers, under one noise and time; by hand."""
+    method = ddpo(timesteps=[999, 499])
+    trainer = make_trainer(method)
+    with torch.no_grad():  # two different scores
+        for parameter in trainer.roles.parameters("loser"):
+            parameter.add_(0.1)
+        ctx, batch, phase = trainer.ctx, batch_of(trainer), method.phases[1]
+        ctx.phase = phase.name
+        assert phase.name == "critic" and {"fake", "loser"} <= set(phase.trains)
+        winners, losers, _ = method.pair(ctx, batch)
+        loss = method.loss(ctx, batch, phase)
+        t, noise = method.times(ctx, batch, "score-time", [(0, 999)] * len(batch)), ctx.draw(batch, "score")[1]
+        expected = {}
+        for role, sample in (("fake", winners), ("loser", losers)):
+            said = ctx.model(role, ctx.denoiser.add_noise(sample.x, noise, t), t, sample.cond)
+            expected[role] = (said - noise).square().mean((1, 2, 3))
+    torch.testing.assert_close(loss.metrics["fake_error"], expected["fake"])
+    torch.testing.assert_close(loss.metrics["loser_error"], expected["loser"])
+    torch.testing.assert_close(loss.values, expected["fake"] + expected["loser"])
+    assert not torch.allclose(expected["fake"], expected["loser"], rtol=1e-4)
+
+
 def fixed_point(weight: float, noise: float, s: float = 0.7) -> float:
     """The std at which pull and push balance: E[alpha (g(a) - g(s))] = weight noise^2 E[alpha (g(noise a) - g(s))]."""
     alpha, sigma = (c.flatten().double() for c in level(torch.arange(20, 981)))

@@ -210,6 +210,24 @@ def test_a_real_ratio_weighs_the_samples() -> None:
     assert "is DMD2" in make_method("f_distill", {"ratio_bins": 10}).notes()[-1]
 
 
+def test_the_gans_term_is_not_weighed_by_the_ratio() -> None:
+    """What it adds to a step's sum is its own, once as it is and once as at a ratio of 1: h(1) each."""
+    shared = {"timesteps": [999], "gan_width": 8, "divergence": "jeffreys"}
+    for mean, weight in (("none", 1.0), ("step", 2.0)):
+        sums = []
+        for gan in (0.3, 0.0):
+            method = make_method("f_distill", {**shared, "mean": mean, "gan_weight": gan})
+            trainer = knowing(make_trainer(method))
+            trainer.ctx.phase, batch = "student", batch_of(trainer)
+            with torch.no_grad():
+                loss = method.loss(trainer.ctx, batch, method.phases[0])
+            sums.append(loss.values * loss.weights)
+            if gan:
+                term = method.student_term(trainer.ctx, batch, method.generate(trainer.ctx, batch)).detach()
+                assert float(loss.metrics["f_weight"].std()) > 1e-3
+        torch.testing.assert_close(sums[0] - sums[1], weight * term, rtol=1e-3, atol=1e-5)
+
+
 def test_a_bins_mean_is_remembered() -> None:
     """bin <- rate bin + (1 - rate) mean of the step, from 1; bins without a sample keep theirs; saved with the run."""
     method = make_method("f_distill", {"ratio_bins": 3, "ratio_memory": 0.75})

@@ -197,7 +197,7 @@ class TeacherRows(Rows):
 
 @pytest.mark.parametrize("regression", ["latent", "features"])
 def test_regression_pulls_the_student_to_the_teachers_pictures(regression: str) -> None:
-    method = make_method("dmd", {"guidance": 1.0, "regression": regression, "regression_weight": 1.0})
+    method = make_method("dmd", {"guidance": 1.0, "regression": regression, "regression_weight": 0.5})
     trainer = make_trainer(method, rows=TeacherRows(), lr=3e-3)
     ctx, batch = trainer.ctx, batch_of(trainer)
     ctx.phase = "student"
@@ -209,7 +209,7 @@ def test_regression_pulls_the_student_to_the_teachers_pictures(regression: str) 
         loss = method.loss(ctx, batch, method.phases[0])
         assert float(loss.metrics["regression"].abs().max()) < 1e-5
         first = method.loss(ctx, batch_of(trainer), method.phases[0])
-    torch.testing.assert_close(first.values, first.metrics["regression"], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(first.values, 0.5 * first.metrics["regression"], atol=1e-4, rtol=1e-3)
     warm(trainer, 6)
     with torch.no_grad():
         ctx.phase = "student"

@@ -162,9 +162,17 @@ def test_where_each_strategy_guides() -> None:
 
 
 def test_the_fake_score_learns_through_its_guidance_and_some_empty_prompts() -> None:
-    """Its error is that of u + k (c - u), with the drawn share of prompts dropped; Zero-CFG never sees the text."""
-    for strategy, dropout in (("lsg", 0.0), ("lsg", 1.0), ("zero", 0.0), ("long", 1.0)):
-        method = sid(guidance=3.0, strategy=strategy, text_dropout=dropout)
+    """Its error is that of u + k (c - u), with the drawn share of prompts dropped; Zero-CFG never sees the text.
+
+    Prompts are dropped too where only the student's loss guides it: it is asked without one there."""
+    for strategy, dropout, options in (
+        ("lsg", 0.0, {}),
+        ("lsg", 1.0, {}),
+        ("lsg", 1.0, {"critic_guidance": 1.0}),
+        ("zero", 0.0, {}),
+        ("long", 1.0, {}),
+    ):
+        method = sid(guidance=3.0, strategy=strategy, text_dropout=dropout, **options)
         trainer = warm(make_trainer(method, lr=0.05), 2)
         ctx, batch = trainer.ctx, batch_of(trainer)
         ctx.phase, ctx.repeat = "critic", 0

@@ -51,7 +51,9 @@ class SiDConfig(GanConfig):
     )
     fake_guidance: float | None = Field(None, description="the fake score's in the student's loss; null: by strategy")
     critic_guidance: float | None = Field(None, description="the fake score's in its own loss; null: by strategy")
-    text_dropout: Share = Field(0.1, description="share of empty prompts where the fake score learns with guidance")
+    text_dropout: Share = Field(
+        0.1, description="share of empty prompts where the fake score learns, if it is guided there or for the student"
+    )
     order: Literal["student", "critic"] = Field("critic", description="which phase comes first in a step")
     critic_steps: int = Field(1, ge=1, description="updates of the fake score for one of the student")
     time_range: tuple[Share, Share] = Field((0.02, 0.979), description="times of the scores, as shares of the schedule")
@@ -114,8 +116,8 @@ class SiD(Adversarial[SiDConfig]):
         return gradient, {"sid": loss.detach(), "gap": gap(x.detach(), y_fake.detach(), y_real.detach())}
 
     def critic_loss(self, ctx: Context, batch: Batch, sample: Sample) -> Loss:
-        """As always, with the fake score guided, and some prompts empty where it is."""
-        if self.scales[0] != 1 and self.config.text_dropout:
+        """As always, with the fake score guided, and some prompts empty where its guess without one is ever asked."""
+        if self.scales[:2] != (1, 1) and self.config.text_dropout:
             drawn = [float(rng.random()) < self.config.text_dropout for rng in ctx.rng("text", batch)]
             empty = torch.tensor(drawn, device="cpu").to(sample.x.device, non_blocking=True)
             sample = replace(sample, cond=_where(empty, _without(ctx, sample.cond), sample.cond))

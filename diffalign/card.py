@@ -121,6 +121,7 @@ def card(facts: Facts, form: Form, place: Place | None = None) -> str:
         fused=[(lora_call(entry["path"], entry.get("weight_name")), entry.get("scale", 1.0)) for entry in loras],
         fused_names=", ".join(f"`{Path(entry['path']).name}` at {entry.get('scale', 1.0)}" for entry in loras),
         record=record,
+        told=model.get("guidance_embedding") if lora and record and record.told else None,
         prompt=json.dumps(facts.prompt or "a photo"),
         options=", ".join(f"{key}={value}" for key, value in options.items()),
         table=training_table(facts, place),

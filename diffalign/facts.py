@@ -28,7 +28,8 @@ class SamplingRecord(BaseModel):
     times, in [0, num_train_timesteps) and falling; else the scheduler chooses them for ``steps``. ``guidance`` as in
     diffusers: 1 or less means none, and then the student is never guided. ``eta`` is the share of new noise of
     schedulers that take it (DDIM, TCD). ``scale`` multiplies the unit noise that sampling starts from (SiD: sigma of
-    its first time).
+    its first time). ``told``: the range of guidance that the network was trained to be told by its embedding, as
+    diffusers' pipelines do where it has one, so that no step has a second branch.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -40,6 +41,7 @@ class SamplingRecord(BaseModel):
     timesteps: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     scale: Annotated[float, Field(gt=0)] = 1.0
+    told: tuple[float, float] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> SamplingRecord:
@@ -109,7 +111,8 @@ class SamplingRecord(BaseModel):
         noise = "deterministic" if self.deterministic else "new noise at every step"
         start = "" if self.scale == 1 else f", first noise times {self.scale:.6g}"
         steps = f"{self.steps} step{'s' * (self.steps > 1)}{times}"
-        return f"{self.scheduler}, {steps}, guidance {self.guidance:g}, {noise}{start}"
+        told = f" (told, {self.told[0]:g} to {self.told[1]:g})" if self.told else ""
+        return f"{self.scheduler}, {steps}, guidance {self.guidance:g}{told}, {noise}{start}"
 
     def _listed(self) -> str:
         return ", ".join(map(str, self.timesteps or ()))
@@ -134,8 +137,10 @@ def student_record(
     renoise: bool = True,
     scale: float = 1.0,
     ancestral: bool = False,
+    told: tuple[float, float] | None = None,
 ) -> SamplingRecord:
-    """How plain diffusers samples a guidance-free student at exactly ``timesteps``, from its base's scheduler config.
+    """How plain diffusers samples a student at exactly ``timesteps``, from its base's scheduler config: without
+    guidance, or, where it was trained to be ``told`` one of a range, with `told_default` of that.
 
     ``renoise``: x0 and new noise at every step (LCMScheduler; its boundary scalings are below 1e-5 from t = 20 on);
     else deterministic DDIM steps that end on x0 itself, which is DPMSolver++ of first order, as DDIMScheduler takes no
@@ -154,21 +159,35 @@ def student_record(
     config |= {"timestep_spacing": "trailing", "steps_offset": 1}  # 1, as pipelines of SD1.x want to see it
     try:
         return SamplingRecord(
-            scheduler=name, config=config, steps=len(timesteps), timesteps=tuple(timesteps), scale=scale
+            scheduler=name,
+            config=config,
+            steps=len(timesteps),
+            guidance=told_default(told) if told else 1.0,
+            timesteps=tuple(timesteps),
+            scale=scale,
+            told=told,
         )
     except ValidationError as error:
         reason = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise UserError(f"the student's timesteps {list(timesteps)}: {reason[0].lower()}{reason[1:]}") from None
 
 
-def many_step_record(scheduler: Mapping[str, Any], steps: int, guidance: float = 1.0) -> SamplingRecord:
+def told_default(told: tuple[float, float]) -> float:
+    """What a student is told that was trained for guidance in this range: 8, LCM's, or what of the range is nearest."""
+    return min(max(8.0, told[0]), told[1])
+
+
+def many_step_record(
+    scheduler: Mapping[str, Any], steps: int, told: tuple[float, float] | None = None, guidance: float | None = None
+) -> SamplingRecord:
     """How a student is sampled that takes as many steps as its base, but no unconditional branch: DDIM on the schedule
-    of the base's scheduler config."""
+    of the base's scheduler config. ``guidance``: of one that is ``told`` it; by default `told_default`."""
     config: Json = {key: scheduler[key] for key in SCHEDULE if scheduler.get(key) is not None}
     config |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1, "timestep_spacing": "leading"}
     if config.get("rescale_betas_zero_snr"):
         config |= {"timestep_spacing": "trailing"}  # the last level is the only one that starts from noise alone
-    return SamplingRecord(scheduler="DDIMScheduler", config=config, steps=steps, guidance=guidance)
+    w = 1.0 if told is None else told_default(told) if guidance is None else guidance
+    return SamplingRecord(scheduler="DDIMScheduler", config=config, steps=steps, guidance=w, told=told)
 
 
 class Facts(BaseModel):

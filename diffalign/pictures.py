@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from .families.guidance import GuidanceAdapters
+from .families.guidance import GuidanceAdapters, embedding_width, tell
 from .validate import averaged
 
 if TYPE_CHECKING:
@@ -82,8 +82,13 @@ class Sheets:
             extra.choose(guidance)
             guidance = 1.0
 
+        told = guidance if record is not None and record.told else None
+
         def call(x: torch.Tensor, t: torch.Tensor, rows: Cond) -> torch.Tensor:
-            return trainer.ctx.model(role, x, t, rows, guidance)
+            if told is None:
+                return trainer.ctx.model(role, x, t, rows, guidance)
+            w = torch.full((len(x),), told, device=x.device)
+            return trainer.ctx.model(role, x, t, tell(rows, w, embedding_width(model.unet)))
 
         ids = [f"{i}:{prompt}" + (f"#{k}" if k else "") for i, prompt in enumerate(self.prompts) for k in range(times)]
         cond = self.cond.take([i for i in range(len(self.prompts)) for _ in range(times)])

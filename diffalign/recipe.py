@@ -58,7 +58,8 @@ class LoraFile(Section):
 class ModelRecipe(Section):
     """Which weights, and how they are held. ``long_prompts``: places of text that prompts are encoded to by segments
     (LongAlign's 240), so that none is cut at the encoder's 77; null: as the model's own pipeline does. ``loras`` become
-    a part of the base; ``start`` is a LoRA (file, folder or run) that the student alone begins as."""
+    a part of the base; ``start`` is a LoRA (file, folder or run) that the student alone begins as.
+    ``guidance_embedding``: width of a fresh embedding by which the student is told its guidance (LCM's 256)."""
 
     path: str
     family: Literal["auto", "sd1", "sd2", "sdxl"] = "auto"
@@ -66,6 +67,7 @@ class ModelRecipe(Section):
     vae: str | None = None
     vae_dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     long_prompts: Annotated[int, Field(ge=2)] | None = None
+    guidance_embedding: Annotated[int, Field(ge=4, le=4096)] | None = None
     revision: str | None = None
     variant: str | None = None
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -87,7 +87,7 @@ class Run:
         from .families import detect, fetch
         from .families.extras import extra_header, find_extra
         from .families.guidance import GuidanceAdapters
-        from .families.lora import find_lora
+        from .families.lora import find_lora, load_lora
         from .pipelines.distilled_guidance import DistilledGuidancePipeline
         from .pipelines.extras import apply_extra
 
@@ -108,7 +108,7 @@ class Run:
                 return DistilledGuidancePipeline.of(pipe).load_adapters(self.model)
             apply_extra(pipe, self.model)
         else:
-            pipe.load_lora_weights(self.model)
+            load_lora(pipe, find_lora(str(self.model)), "default_0")
         return pipe
 
     @staticmethod

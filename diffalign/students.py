@@ -7,6 +7,7 @@ from typing import Any
 from .errors import UserError
 from .facts import RENOISING, SamplingRecord, recorded
 from .families import Model
+from .families.guidance import require_embedding
 from .methods.base import Method
 from .recipe import Recipe
 
@@ -21,6 +22,7 @@ def check_students(method: Method[Any], recipe: Recipe, model: Model) -> None:
     begun = recorded(recipe.model.start) if recipe.model.start is not None else None
     if begun is not None:
         begun.check_base(model.scheduler_config, str(recipe.model.start))
+    check_told(recipe, model, record, begun)
     for lora in recipe.model.loras if record is not None else ():
         made = recorded(lora.path)
         if made is not None:
@@ -37,6 +39,34 @@ def check_students(method: Method[Any], recipe: Recipe, model: Model) -> None:
         raise UserError(
             f"model.lora.dropout={dropout:g} does not go with method '{recipe.method.name}', which compares what the "
             "student says of a sample with what it said while sampling; set model.lora.dropout=0"
+        )
+
+
+def check_told(recipe: Recipe, model: Model, record: SamplingRecord | None, begun: SamplingRecord | None) -> None:
+    """That there is a guidance embedding where the student is told its guidance, and nowhere else: with an embedding
+    diffusers' pipelines leave the second branch out. ``begun``: the record of ``model.start``.
+
+    Raises UserError where the one is without the other, or a student that is told its guidance would be a base."""
+    told = record is not None and record.told is not None
+    for lora in recipe.model.loras:
+        if (made := recorded(lora.path)) is not None and made.told:
+            raise UserError(
+                f"the student '{lora.path}' is told its guidance and is no base to train on; give it as model.start, "
+                "or take one that is not told it"
+            )
+    if begun is not None and begun.told and not told:
+        raise UserError(
+            f"model.start '{recipe.model.start}' is told its guidance, and method '{recipe.method.name}' tells none "
+            "with these settings; with lcm set method.tell_guidance=true and model.guidance_embedding, else take "
+            "another start"
+        )
+    if told:
+        require_embedding(model.unet, f"method '{recipe.method.name}', which tells the student its guidance,")
+    elif recipe.model.guidance_embedding:
+        raise UserError(
+            f"model.guidance_embedding is for a student that is told its guidance, and method '{recipe.method.name}' "
+            "tells none; set method.tell_guidance=true (lcm, scm) or method.guidance_range (lora_guidance), or leave "
+            "it out"
         )
 
 

@@ -31,6 +31,7 @@ from diffusers import (
 
 from diffalign.errors import UserError
 from diffalign.facts import SamplingRecord, recorded, student_record
+from diffalign.families.guidance import embedding_width
 from diffalign.families.lora import find_lora, load_lora
 from diffalign.families.schedulers import recorded_scheduler
 from diffalign.pipelines.spec import BASE_GUIDANCE, BASE_STEPS, allowed_guidance
@@ -229,6 +230,8 @@ class FewStepPipeline(DiffusionPipeline):
             finally:
                 stock.unet = self.unet
             return
+        if embedding_width(self.unet):
+            raise UserError("this student is told its guidance, which its base is not: base_first needs base_unet=...")
         if not getattr(self.unet, "_hf_peft_config_loaded", False):
             raise UserError("this student is merged into its base: give the base as base_unet=... for base_first")
         self.unet.disable_adapters()

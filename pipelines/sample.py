@@ -112,6 +112,8 @@ def sample(
     record = recorded(spec.model, spec.lora, spec.revision)
     spec = replace(spec.filled(record), long_prompts=spec.long_prompts or long_prompts_of(spec.model, spec.lora))
     spec.check()
+    if record is not None and record.told and spec.negative_prompt:
+        raise UserError("a student that is told its guidance has no branch for a negative prompt; leave it out")
     if spec.scheduler != RECORDED:
         record = None
     ranks = join_ranks(spec.device)

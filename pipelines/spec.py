@@ -154,8 +154,16 @@ class SampleSpec(Sampling):
 
 
 def allowed_guidance(record: SamplingRecord, guidance: float | None) -> float | None:
-    """The guidance that a few-step student is sampled with: its own, where it was made for none; warns of the other."""
-    if guidance is None or guidance <= 1 or record.guided:
+    """The guidance that a few-step student is sampled with: its own, where it was made for none; warns of the other,
+    and of one that it was not trained to be told."""
+    if record.told and guidance is not None and not record.told[0] <= guidance <= record.told[1]:
+        warnings.warn(
+            f"guidance {guidance:g} is outside of {record.told[0]:g} to {record.told[1]:g}, which this student was "
+            "trained to be told",
+            Note,
+            stacklevel=3,
+        )
+    if guidance is None or guidance <= 1 or record.guided or record.told:
         return guidance
     warnings.warn(
         f"guidance {guidance:g} is ignored: this student was distilled to be sampled without", Note, stacklevel=3

@@ -52,7 +52,6 @@ BY_CONFIG = {
     "refiner": (refiner, "is an SDXL refiner"),
     "edm": (scheduler(_class_name="EDMDPMSolverMultistepScheduler", sigma_data=0.5), "is an EDM model"),
     "edm by sigma": (scheduler(sigma_data=0.5), "is an EDM model"),
-    "lcm": (unet(time_cond_proj_dim=256), "guidance-distilled"),
     "unclip": (unet(class_embed_type="projection"), "conditioning that no family here knows"),
     "sd3": (transformer, "StableDiffusion3Pipeline without a 2-D U-Net"),
     "no index": (lambda f: (f / "model_index.json").unlink(), "has no model_index.json"),

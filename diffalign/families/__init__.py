@@ -12,7 +12,8 @@ from ..recipe import ModelRecipe
 from .attention import compile_unet, set_attention
 from .base import Model
 from .device import pick_device, pick_dtype
-from .folder import ModelFolder, fetch, identify, open_folder
+from .folder import ModelFolder, fetch, identify, open_folder, refuse_told
+from .guidance import add_embedding
 from .quantise import check_quantize, quantise_unet
 from .save import save_lora, save_merged
 from .vae import vae_dtype
@@ -47,7 +48,7 @@ def load_model(recipe: ModelRecipe, device: torch.device, dtype: torch.dtype, pl
     """A base model from a folder, built-in name or hub id, frozen, with the recipe's LoRAs fused.
 
     Args:
-        recipe: path, family, revision, variant, loras, attention and channels_last are used here.
+        recipe: path, family, revision, variant, guidance_embedding, loras, attention, channels_last are used here.
         device: where it shall be (see `pick_device`).
         dtype: number format of the U-Net (see `pick_dtype`); text encoders stay fp32, the VAE's is the recipe's.
         place: whether the U-Net goes to the device now; else `Model.place_unet` brings it, so that it need not stand
@@ -58,11 +59,14 @@ def load_model(recipe: ModelRecipe, device: torch.device, dtype: torch.dtype, pl
     """
     check_quantize(recipe.quantize, recipe.storage)
     folder, family = detect(recipe)
+    refuse_told(folder)
     fetch(folder, recipe.revision)
     kind: type[Model] = import_module(f"{__name__}.{family}").FAMILY
     # LoRAs are added in fp32, so that a bf16 base is rounded once.
     model = kind.load(folder, torch.float32 if recipe.loras else dtype, device, dtype)
     model.long_prompts = recipe.long_prompts
+    if recipe.guidance_embedding:
+        add_embedding(model.unet, recipe.guidance_embedding)
     set_attention(model.unet, recipe.attention, device)
     model.fuse_loras(recipe.loras)
     nn.Module.to(model.vae, dtype=vae_dtype(recipe.vae_dtype, folder, family))

@@ -19,7 +19,7 @@ from ..data.batch import Cond
 from ..errors import UserError
 from ..recipe import LoraFile
 from .folder import ModelFolder
-from .guidance import EMBEDDING
+from .guidance import EMBEDDING, PROJECTION, embedding_width
 from .lora import fuse_loras
 from .schedulers import make_scheduler
 from .segments import count_tokens, encode_segments, towers_of
@@ -206,8 +206,10 @@ class Model:
         return found | ({EMBEDDING: cond.added[EMBEDDING]} if EMBEDDING in cond.added else {})
 
     def lora_targets(self, preset: str | Sequence[str]) -> list[str]:
-        """Exact names of the layers that carry adapters (see `families.targets.lora_targets`)."""
-        return lora_targets(self.unet, preset)
+        """Exact names of the layers that carry adapters (see `families.targets.lora_targets`), and the guidance
+        embedding's where there is one: nothing else would train it."""
+        found = lora_targets(self.unet, preset)
+        return found if not embedding_width(self.unet) or PROJECTION in found else [*found, PROJECTION]
 
     def fuse_loras(self, files: Sequence[LoraFile]) -> None:
         """Adds existing LoRAs to the base weights (U-Net and text encoder), in the given order.

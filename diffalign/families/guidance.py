@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..data.batch import Cond
 from ..errors import Note, UserError
 from .extras import Extra
 from .users import attend, cross_attentions, key_of
@@ -20,6 +22,7 @@ from .users import attend, cross_attentions, key_of
 GUIDANCE = "guidance"  # key of a call's guidance in its further conditioning: (B, 1), in UNITS, as a whole number
 UNITS = 10_000  # whole numbers of these keep their value in half precision
 EMBEDDING = "timestep_cond"  # key of a guidance embedding there: (B, width)
+PROJECTION = "time_embedding.cond_proj"  # the layer of a U-Net that takes one
 WAVES = 256  # sines and cosines of a number that becomes a token
 
 
@@ -44,6 +47,40 @@ def guidance_embedding(w: Tensor, width: int) -> Tensor:
     angles = 1000 * (w.float() - 1)[:, None] * rates
     found = torch.cat([angles.sin(), angles.cos()], 1)
     return torch.nn.functional.pad(found, (0, width % 2))
+
+
+def embedding_width(unet: nn.Module) -> int:
+    """Width of the guidance embedding that a U-Net is told (``time_cond_proj_dim``); 0 where it is told none."""
+    return int(getattr(unet.config, "time_cond_proj_dim", None) or 0)
+
+
+def require_embedding(unet: nn.Module, setting: str) -> int:
+    """`embedding_width` of a U-Net that has to have one, because ``setting`` asks for it.
+
+    Raises UserError where it has none."""
+    width = embedding_width(unet)
+    if not width:
+        raise UserError(
+            f"{setting} asks for a guidance embedding, and this U-Net has none (time_cond_proj_dim); set "
+            "model.guidance_embedding=256 for a fresh one, by which the student starts as the teacher, or leave it out"
+        )
+    return width
+
+
+def add_embedding(unet: UNet2DConditionModel, width: int) -> None:
+    """Gives a U-Net without one diffusers' own layer for a guidance embedding of ``width``, in place.
+
+    Its weights are 0, so that the U-Net says what it said, whatever it is told."""
+    before = unet.time_embedding.linear_1
+    layer = nn.Linear(width, before.in_features, bias=False, device=before.weight.device, dtype=before.weight.dtype)
+    nn.init.zeros_(layer.weight.requires_grad_(False))
+    unet.time_embedding.cond_proj = layer
+    unet.register_to_config(time_cond_proj_dim=width)
+
+
+def tell(cond: Cond, w: Tensor, width: int) -> Cond:
+    """Conditioning that tells a U-Net guidance w (B,) besides, by its embedding of ``width``."""
+    return Cond(cond.embeds, {**cond.added, EMBEDDING: guidance_embedding(w, width)})
 
 
 class _Layer(nn.Module):

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
@@ -21,6 +22,7 @@ from ..errors import UserError
 from ..recipe import LoraFile
 from .extras import extra_header
 from .folder import HUB_ID, check_safetensors, hash_file
+from .guidance import PROJECTION, add_embedding, embedding_width
 from .targets import adaptable
 
 NAME = "pytorch_lora_weights.safetensors"
@@ -84,13 +86,17 @@ def _from_hub(path: str, name: str) -> Path:
 
 
 def load_lora(pipeline: DiffusionPipeline, file: Path, adapter: str) -> list[str]:
-    """Loads a LoRA as ``adapter`` and returns the components it reached (unet, text_encoder).
+    """Loads a LoRA as ``adapter`` and returns the components it reached (unet, text_encoder). A U-Net gets a guidance
+    embedding for a LoRA that changes it, and is told its guidance from then on.
 
     Raises UserError when it was made for another network."""
     try:
         state, *_ = pipeline.lora_state_dict(str(file), unet_config=pipeline.unet.config, use_safetensors=True)
+        mine = convert_unet_state_dict_to_peft(_of_unet(state))
+        if (width := told_width(mine)) and not embedding_width(pipeline.unet):
+            add_embedding(pipeline.unet, width)
         layers = set(adaptable(pipeline.unet))
-        for key in convert_unet_state_dict_to_peft(_of_unet(state)):  # one layout has several names for a layer
+        for key in mine:  # one layout has several names for a layer
             layer = key.split(".lora")[0]
             if layer not in layers:
                 raise UserError(f"LoRA '{file}' is for another network: it has a layer {layer} that the U-Net lacks")
@@ -106,6 +112,12 @@ def load_lora(pipeline: DiffusionPipeline, file: Path, adapter: str) -> list[str
     if not reached:
         raise UserError(f"LoRA '{file}' has no layer for this model; it may be made for another family")
     return reached
+
+
+def told_width(state: Mapping[str, Tensor]) -> int:
+    """Width of the guidance embedding that a LoRA's state (peft's names) changes; 0 where it changes none."""
+    down = state.get(f"{PROJECTION}.lora_A.weight")
+    return 0 if down is None else down.shape[1]
 
 
 def fuse_loras(pipeline: DiffusionPipeline, files: Sequence[LoraFile]) -> list[str]:
@@ -188,6 +200,8 @@ def read_lora(file: Path, unet: nn.Module) -> LoraWeights:
     if any("dora_scale" in name for name in names):
         raise UserError(f"LoRA '{file}' is a DoRA in kohya's layout, which diffusers cannot read; give another")
     shapes = {name.replace(".base_layer", ""): tensor.shape for name, tensor in unet.state_dict().items()}
+    if (width := told_width(mine)) and not embedding_width(unet):  # it can be added
+        shapes[f"{PROJECTION}.weight"] = torch.Size((shapes["time_embedding.linear_1.weight"][1], width))
     for name, tensor in mine.items():
         layer, _, part = name.partition(".lora_")
         weight = shapes.get(f"{layer}.weight")

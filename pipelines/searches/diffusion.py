@@ -13,6 +13,7 @@ from torch import Tensor
 from ...denoiser import Denoiser, guide
 from ...eval.scorers import Scorer, load_scorer
 from ...facts import RENOISING, SamplingRecord
+from ...families.guidance import embedding_width, guidance_embedding
 from ...keyed import normal
 from ...rollouts.policy import CLEAN, Policy
 from ..sample import step_noise
@@ -56,7 +57,8 @@ class DiffusionWorld(World):
         denoiser = Denoiser.from_config(record.scheduler_config() if record else config)
         factor = pipe.vae_scale_factor
         shape = (pipe.unet.config.in_channels, size[0] // factor, size[1] // factor)
-        self.guided = guidance > 1 and pipe.unet.config.time_cond_proj_dim is None
+        self.told = embedding_width(pipe.unet)
+        self.guided = guidance > 1 and not self.told
         policy = policy_of(denoiser, config, steps, eta, record)
         super().__init__(keys, denoiser, policy, shape, pipe.unet.device, 2 if self.guided else 1)
         self.pipe, self.texts, self.embeds, self.reward = pipe, list(texts), dict(embeds), reward
@@ -91,11 +93,13 @@ class DiffusionWorld(World):
             ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=dtype, device=x.device)
             pooled = torch.cat([told[f"{name}pooled_prompt_embeds"] for name in names])
             added = {"text_embeds": pooled, "time_ids": ids.expand(len(pooled), -1)}
+        w = torch.full((len(x),), self.guidance, device=x.device)
         output = self.pipe.unet(
             x.repeat(n, 1, 1, 1).to(dtype),
             t.repeat(n),
             encoder_hidden_states=torch.cat([told[f"{name}prompt_embeds"] for name in names]),
             added_cond_kwargs=added,
+            timestep_cond=guidance_embedding(w, self.told).to(dtype) if self.told else None,
         ).sample.float()
         if not self.guided:
             return output

@@ -7,15 +7,18 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...data.batch import Cond
 from ...facts import SamplingRecord, student_record
+from ...families.guidance import require_embedding, tell
 from ..base import Paper
 from ..consistency import Consistency, ConsistencyConfig, Point
 from ..score_distill import Time
 
 if TYPE_CHECKING:
     from ...context import Context
+    from ...families.base import Model
 
 SIGMA_DATA = 0.5
 SCALING = 10.0
@@ -36,6 +39,11 @@ class LCMConfig(ConsistencyConfig):
     timesteps: tuple[Time, ...] = Field(
         (999, 759, 499, 259), min_length=1, description="the times that the student is sampled at, falling"
     )
+    tell_guidance: bool = Field(
+        False,
+        description="tell the student the guidance of each sample by its guidance embedding, which "
+        "model.guidance_embedding adds, so that sampling chooses it; false: what all of them give is built in",
+    )
 
     @field_validator("timesteps")
     @classmethod
@@ -52,10 +60,20 @@ class LCM(Consistency[LCMConfig]):
     paper = Paper(
         title="Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference",
         arxiv="2310.04378",
-        implements="guided DDIM with skipped steps, boundary scalings, pseudo-Huber, EMA targets by option, LCM-LoRA "
-        "(2311.05556); improved consistency training's distance and times (2310.14189) by option",
+        implements="guided DDIM with skipped steps, boundary scalings, pseudo-Huber, EMA targets and a guidance "
+        "embedding by option, LCM-LoRA (2311.05556); improved consistency training's distance and times (2310.14189) "
+        "by option",
         differs="every sample draws its own time and guidance; guidance counts as in diffusers, 1 more than theirs",
     )
+
+    def build(self, family: Model) -> dict[str, nn.Module]:
+        """Nothing. Raises UserError where the guidance is to be told to a U-Net that has no embedding for it."""
+        if self.config.tell_guidance:
+            self._width = require_embedding(family.unet, "method.tell_guidance=true")
+        return {}
+
+    def told(self, ctx: Context, point: Point) -> Cond:
+        return tell(point.cond, point.w, self._width) if self.config.tell_guidance else point.cond
 
     def reach(self, ctx: Context, output: Tensor, x: Tensor, t: Tensor, point: Point) -> Tensor:
         """c_skip x + c_out x0."""
@@ -64,4 +82,5 @@ class LCM(Consistency[LCMConfig]):
 
     def sampling(self, scheduler: Mapping[str, Any]) -> SamplingRecord:
         """x0 and new noise, at the times of the settings."""
-        return student_record(scheduler, self.config.timesteps)
+        told = self.config.guidance if self.config.tell_guidance else None
+        return student_record(scheduler, self.config.timesteps, told=told)

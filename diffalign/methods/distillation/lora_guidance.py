@@ -9,10 +9,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import nn
 
-from ...data.batch import Cond
-from ...errors import UserError
 from ...facts import SamplingRecord, many_step_record
-from ...families.guidance import EMBEDDING, guidance_embedding
+from ...families.guidance import require_embedding, tell
 from ..base import Loss, Method, MethodConfig, Needs, Paper, Phase, on_device
 from .agd import guidance_loss
 
@@ -57,18 +55,13 @@ class LoraGuidance(Method[LoraGuidanceConfig]):
 
     def build(self, family: Model) -> dict[str, nn.Module]:
         """Nothing. Raises UserError where a range of guidance meets a U-Net that takes no guidance embedding."""
-        self._width = getattr(family.unet.config, "time_cond_proj_dim", None) or 0
-        if self.config.guidance_range is not None and not self._width:
-            raise UserError(
-                f"method.guidance_range={list(self.config.guidance_range)} asks for a guidance embedding, and this "
-                "U-Net has none (time_cond_proj_dim); leave it out for one method.guidance, or take method 'agd'"
-            )
+        if self.config.guidance_range is not None:
+            self._width = require_embedding(family.unet, f"method.guidance_range={list(self.config.guidance_range)}")
         return {}
 
     def sampling(self, scheduler: Mapping[str, Any]) -> SamplingRecord:
         """Like the base, and without its unconditional branch."""
-        told = self.config.guidance if self.config.guidance_range is not None else 1.0
-        return many_step_record(scheduler, STEPS, told)
+        return many_step_record(scheduler, STEPS, self.config.guidance_range, self.config.guidance)
 
     def loss(self, ctx: Context, batch: Batch, phase: Phase) -> Loss:
         """``guidance_loss`` on noised pictures."""
@@ -80,7 +73,7 @@ class LoraGuidance(Method[LoraGuidanceConfig]):
         if self.config.guidance_range is not None:
             low, high = self.config.guidance_range
             w = on_device([low + (high - low) * rng.random() for rng in ctx.rng("guidance", batch)], x_t.device).float()
-            told = Cond(cond.embeds, {**cond.added, EMBEDDING: guidance_embedding(w, self._width)})
+            told = tell(cond, w, self._width)
         with torch.no_grad():
             branches = ctx.branches("base", x_t, t, cond)
         output = ctx.model("student", x_t, t, told)

@@ -108,7 +108,8 @@ class Policy:
         return self.step(denoiser, zeros, zeros, t, s).std.flatten()
 
     def weights(self, denoiser: Denoiser) -> Tensor:
-        """|a| / std of each step, fp32 (K,) on the CPU, with a the slope of the step's mean in eps; 0 without noise.
+        """|a| / std of each step, fp32 (K,) on the CPU, with a the slope of the step's mean in eps; 0 without noise,
+        and from a level without signal, where eps is the sample itself whatever the network says.
 
         What a change of eps weighs in the step's density: half its square in the KL, and itself in the difference of
         two densities from one state, (a / std) mean[(eps - eps_base) (z_w - z_l)] with z the steps' noises."""
@@ -118,7 +119,7 @@ class Policy:
             self.step(denoiser, denoiser.from_eps(eps, zeros, t), zeros, t, s).mean for eps in (zeros, zeros + 1)
         )
         std, slope = self.stds(denoiser), (high - low).flatten().abs()
-        return torch.where(std > 0, slope / std, torch.zeros_like(std))
+        return torch.where((std > 0) & slope.isfinite(), slope / std, torch.zeros_like(std))
 
     def trainable(self, denoiser: Denoiser) -> list[int]:
         """The steps that have a likelihood: those whose std is not 0."""

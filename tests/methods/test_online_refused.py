@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from test_online import LIKELIHOOD, SD, items_of, method, trainer_of
 from tiny import SD_SCHEDULE
 
+from diffalign.denoiser import Denoiser
 from diffalign.errors import UserError
 from diffalign.facts import Facts, student_record
 from diffalign.methods import make_method
@@ -103,6 +104,11 @@ def test_a_step_that_outweighs_all_others_is_told_of() -> None:
     (said,) = make_method("spo", {}).warnings(SD)
     assert "method.time_weight=equal" in said and not make_method("spo", {"time_weight": "equal"}).warnings(SD)
     assert not method("nft").warnings(SD), "no densities"
+    # without signal at the first time there is no eps to weigh by: that step does not hide the others
+    bare = Denoiser.from_config({**SD_SCHEDULE, "rescale_betas_zero_snr": True}, "v_prediction")
+    (said,) = method("d3po", steps=20, spacing="trailing").warnings(bare)
+    assert "the step at time 49 has 79% of the weight" in said and "time 999" not in said
+    assert not method("d3po", steps=20, spacing="trailing", skip_last=True).warnings(bare)
 
 
 def test_a_group_of_one_is_refused() -> None:

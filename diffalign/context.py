@@ -122,6 +122,11 @@ class Context:
         with self.casting():
             return self.roles.features(role, x_t, t, cond, layer).float()
 
+    def features_of(self, role: str, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[str]) -> list[Tensor]:
+        """The same of several sub-modules, by one forward."""
+        with self.casting():
+            return [found.float() for found in self.roles.features_of(role, x_t, t, cond, layers)]
+
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1], fp32, of scaled latents (B, C, h, w); differentiable; for ``needs.decode``."""
         if self.decoder is None:

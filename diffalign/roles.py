@@ -32,10 +32,7 @@ Forward = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
 
 
 class _Reached(Exception):
-    """The layer that was asked for has answered."""
-
-    def __init__(self, output: Tensor) -> None:
-        self.output = output
+    """The layers that were asked for have answered."""
 
 
 class Roles:
@@ -238,18 +235,32 @@ class Roles:
 
     def features(self, role: str, x_t: Tensor, t: Tensor, cond: Cond, layer: str) -> Tensor:
         """Output of the sub-module ``layer`` during a role's forward; what comes after it is not computed."""
+        return self.features_of(role, x_t, t, cond, (layer,))[0]
 
-        def stop(module: nn.Module, args: Any, output: Any) -> None:
-            raise _Reached(output[0] if isinstance(output, tuple) else output)
+    def features_of(self, role: str, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[str]) -> list[Tensor]:
+        """Outputs of several sub-modules during a role's forward, each of which is called once; what comes after the
+        last of them is not computed."""
+        found: dict[str, Tensor] = {}
 
-        handle = self.networks[role].get_submodule(layer).register_forward_hook(stop)
+        def keeper(name: str) -> Callable[[nn.Module, Any, Any], None]:
+            def keep(module: nn.Module, args: Any, output: Any) -> None:
+                found[name] = output[0] if isinstance(output, tuple) else output
+                if len(found) == len(layers):
+                    raise _Reached
+
+            return keep
+
+        network = self.networks[role]
+        handles = [network.get_submodule(name).register_forward_hook(keeper(name)) for name in layers]
         try:
             self(role, x_t, t, cond)
-        except _Reached as reached:
-            return reached.output
+        except _Reached:
+            return [found[name] for name in layers]
         finally:
-            handle.remove()
-        raise KeyError(f"the forward pass of '{role}' does not come through '{layer}'")
+            for handle in handles:
+                handle.remove()
+        missing = next(name for name in layers if name not in found)
+        raise KeyError(f"the forward pass of '{role}' does not come through '{missing}'")
 
     @property
     def has_dropout(self) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import UserError
@@ -51,6 +53,25 @@ def set_attention(unet: UNet2DConditionModel, name: str, device: torch.device) -
     except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"model.attention=xformers does not work here: {reason}; set model.attention=auto") from error
+
+
+@contextmanager
+def math_attention(unet: nn.Module) -> Iterator[list[str]]:
+    """Torch's attention in its plain form for a while, whatever kernel was set: the one that has a forward-mode
+    derivative, and computes in every precision. Gives the names of the processors that make way, if any."""
+    held = {
+        module: module.processor
+        for module in unet.modules()
+        if isinstance(module, Attention) and type(module.processor) is not AttnProcessor2_0
+    }
+    for module in held:
+        module.set_processor(AttnProcessor2_0())
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield sorted({type(processor).__name__ for processor in held.values()})
+    finally:
+        for module, processor in held.items():
+            module.set_processor(processor)
 
 
 def compile_unet(unet: UNet2DConditionModel) -> None:

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from gauss import DENOISER, SHAPE, World
 from tiny import SD_SCHEDULE
 from torch import Tensor, nn
-from world import batch_of, make_trainer, stirred
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from world import batch_of, family, make_trainer, stirred
 
 from diffalign.data.batch import Cond
 from diffalign.denoiser import Denoiser
-from diffalign.errors import UserError
+from diffalign.errors import Note, UserError
+from diffalign.families.attention import FlashProcessor
+from diffalign.families.guidance import EMBEDDING, guidance_embedding
 from diffalign.methods import make_method
 from diffalign.methods.distillation.scm import SCM, Angles, LogVariance, scm_direction, to_velocity
+from diffalign.trainer import Trainer
 
 ANGLES = Angles.of(DENOISER)
 
@@ -155,6 +161,191 @@ def test_the_gradient_is_that_of_the_direction() -> None:
     first = method.loss(ctx, batch, method.phases[0]).metrics["direction"]
     ctx.stats = {"updates": torch.tensor(1e6)}
     assert float((method.loss(ctx, batch, method.phases[0]).metrics["direction"] - first).abs().min()) > 1e-3
+
+
+# ---- the attention of the tangent -----------------------------------------------------------------------------------
+
+
+class Fused(AttnProcessor2_0):
+    """Torch's own attention, held to a fused kernel: without a forward-mode derivative, on every device."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            found: Tensor = super().__call__(*args, **kwargs)
+        return found
+
+
+@pytest.mark.parametrize("processor", [Fused, FlashProcessor])
+def test_other_attention_makes_way_for_the_tangent(processor: type[AttnProcessor2_0]) -> None:
+    """Said once, by name; the tangent is that of torch's own attention, and the kernel is back afterwards."""
+    trainer = stirred(make_trainer(scm()))
+    ctx, cond, method = trainer.ctx, batch_of(trainer).condition("image"), scm(tangent="jvp")
+    unet: Any = trainer.roles.networks["student"]
+    torch.manual_seed(0)
+    x, slope = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8)
+    angle = torch.tensor([0.3, 0.7, 1.0, 1.3], dtype=torch.float64)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = method.tangent(ctx, x, angle, ANGLES, slope, cond)
+        unet.set_attn_processor(processor())
+        with pytest.raises((NotImplementedError, UserError)):
+            torch.func.jvp(lambda x: ctx.roles("student", x, torch.tensor([3.0] * 4), cond), (x,), (slope,))
+        with pytest.warns(Note, match=f"math attention in the place of {processor.__name__}, which lacks"):
+            found = method.tangent(ctx, x, angle, ANGLES, slope, cond)
+        assert torch.equal(method.tangent(ctx, x, angle, ANGLES, slope, cond), found), "said once"
+        assert {type(each) for each in unet.attn_processors.values()} == {processor}
+    torch.testing.assert_close(found, plain, rtol=1e-5, atol=1e-6)
+
+
+# ---- SANA-Sprint's options ------------------------------------------------------------------------------------------
+
+GAN = {"adaptive": True, "gan_weight": 0.5, "gan_width": 8, "tangent": "jvp"}
+
+
+def gradients(trainer: Trainer, phase: str) -> dict[str, list[Tensor | None]]:
+    """Of every role, by one loss of a phase."""
+    found = next(each for each in trainer.method.phases if each.name == phase)
+    trainer.roles.train_only(found.trains)
+    trainer.ctx.phase = phase
+    trainer.method.loss(trainer.ctx, batch_of(trainer), found).values.sum().backward()
+    taken = {role: [p.grad for p in trainer.roles.parameters(role)] for role in trainer.roles.names}
+    for role in trainer.roles.names:
+        for parameter in trainer.roles.parameters(role):
+            parameter.grad = None
+    return taken
+
+
+def test_without_weight_the_gan_is_not_there_and_with_fresh_heads_it_says_nothing() -> None:
+    """The gradient of sCM to the last bit: heads start at 0, and 0 is all that they give back."""
+    bare, gan = make_method("scm", {}), make_method("scm", {**GAN, "gan_weight": 0.0})
+    assert bare.roles == gan.roles == ("student", "variance")
+    assert [phase.name for phase in gan.phases] == ["student"] and gan.needs == bare.needs
+    plain, trainer = (stirred(make_trainer(scm(**GAN | {"gan_weight": w}))) for w in (0.0, 0.5))
+    for parameter in trainer.roles.modules["heads"].parameters():
+        parameter.data.zero_()
+    expected, found = gradients(plain, "student"), gradients(trainer, "student")
+    for role in ("student", "variance"):
+        assert all(
+            a is not None and b is not None and torch.equal(a, b)
+            for a, b in zip(expected[role], found[role], strict=True)
+        )
+    trainer.ctx.phase = "critic"
+    critic = trainer.method.loss(trainer.ctx, batch_of(trainer), trainer.method.phases[1])
+    assert critic.values.tolist() == [2.0] * 4
+
+
+def test_the_gans_gradients_reach_their_roles() -> None:
+    """The student's its own weights, through the frozen teacher's blocks and still heads; the heads' the heads."""
+    trainer, plain = stirred(make_trainer(scm(**GAN))), stirred(make_trainer(scm(**GAN | {"gan_weight": 0.0})))
+    heads = trainer.roles.modules["heads"].heads
+    assert [(h.layers[0].in_channels, h.least) for h in heads] == [(16, 4), (32, 4), (32, 4)]  # type: ignore[union-attr, operator]
+    student, critic = gradients(trainer, "student"), gradients(trainer, "critic")
+    alone = gradients(plain, "student")["student"]
+    assert any(not torch.equal(a, b) for a, b in zip(student["student"], alone, strict=True))  # type: ignore[arg-type]
+    assert student["heads"] == [None] * len(student["heads"])
+    assert critic["student"] == [None] * len(alone) and critic["variance"] == [None, None]
+    assert all(grad is not None and bool(grad.any()) for grad in critic["heads"] if grad is not None and grad.ndim > 1)
+    for head in heads:  # each has its say
+        assert any(p.requires_grad for p in head.parameters())
+
+
+def test_what_the_heads_are_shown() -> None:
+    """Pictures against the student's x0, from where it was asked or from the schedule's last time, at one noise."""
+    trainer = stirred(make_trainer(scm(**GAN)))
+    ctx, batch = trainer.ctx, batch_of(trainer)
+    ctx.phase = "student"
+    real, noise, cond = batch.latents["image"], ctx.draw(batch)[1], batch.condition("image")
+    half = sorted(rng.random() for rng in ctx.rng("gan-last", batch))[2]  # of which two samples are below
+    for share, count in ((0.0, 0), (1.0, 4), (half, 2)):
+        method = scm(**GAN | {"gan_last": share, "time_mean": -0.5, "time_std": 0.3})
+        method.build(family())
+        with torch.no_grad():
+            x, angle, t = method.point(ctx, batch, ANGLES)
+            v = method.velocity(ctx, "student", x, angle, t, cond)
+            made = method.made(ctx, batch, ANGLES, cond, x, angle, v)
+            found = method.student_loss(ctx, batch).metrics["gan"]
+            angle_seen = method.angle(ctx, batch, ANGLES, "gan-time", (0.093, 1.0)).float()
+            a, b = (f(angle_seen)[:, None, None, None] for f in (torch.cos, torch.sin))
+            x_t, t_seen = a * made + b * ctx.draw(batch, "gan")[1], ANGLES.time(angle_seen.double())[0].float()
+            names = ("down_blocks.0", "down_blocks.1", "mid_block")
+            seen = [ctx.features("base", x_t, t_seen, cond, name) for name in names]
+            said = [h(f) for h, f in zip(ctx.roles.modules["heads"].heads, seen, strict=True)]  # type: ignore[arg-type]
+            torch.testing.assert_close(found, -0.5 * torch.stack(said).mean(0), rtol=1e-4, atol=1e-5)
+        last = torch.full_like(t, 999)
+        full = ctx.denoiser.add_noise(real, noise, last.long())
+        with torch.no_grad():
+            from_last = ctx.denoiser.to_x0(ctx.model("student", full, last, cond), full, last.long())
+            from_here = (
+                torch.cos(angle).float()[:, None, None, None] * x - torch.sin(angle).float()[:, None, None, None] * v
+            )
+        far = [not torch.allclose(one, other, atol=1e-3) for one, other in zip(made, from_here, strict=True)]
+        near = [torch.allclose(one, other, rtol=1e-3, atol=1e-2) for one, other in zip(made, from_last, strict=True)]
+        assert far == near and sum(far) == count, (share, far, near)
+    ctx.phase = "critic"
+    with torch.no_grad():
+        metrics = trainer.method.loss(ctx, batch, trainer.method.phases[1]).metrics
+        judged = trainer.method.judge(ctx, batch, ANGLES, real)  # type: ignore[attr-defined]
+    torch.testing.assert_close(metrics["gan_real"], judged.mean(1))
+
+
+def test_a_batch_of_the_gan_is_a_loop_of_singles() -> None:
+    trainer = stirred(make_trainer(scm(**GAN)))
+    for phase in trainer.method.phases:
+        trainer.ctx.phase = phase.name
+        with torch.no_grad():
+            whole = trainer.method.loss(trainer.ctx, batch_of(trainer), phase).values
+            singles = [trainer.method.loss(trainer.ctx, batch_of(trainer, [row]), phase).values for row in range(4)]
+        torch.testing.assert_close(torch.cat(singles), whole, rtol=1e-3, atol=1e-4)
+
+
+def test_the_student_alone_is_told_its_guidance() -> None:
+    """At the point, in the tangent and from the last time; the same w that guides the teacher."""
+    method = make_method("scm", {**GAN, "tell_guidance": True, "gan_last": 1.0})
+    trainer = stirred(make_trainer(scm(**GAN)))
+    told_family = family()
+    told_family.unet.register_to_config(time_cond_proj_dim=32)
+    method.build(told_family)
+    seen: list[tuple[int, Tensor | None]] = []
+    plain = trainer.roles.forward
+
+    def spied(unet: Any, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        seen.append((len(x), cond.added.get(EMBEDDING)))
+        return plain(unet, x, t, Cond(cond.embeds))
+
+    trainer.roles.forward = spied
+    ctx, batch = trainer.ctx, batch_of(trainer)
+    ctx.phase = "student"
+    w = method.guidance(ctx, batch)  # type: ignore[attr-defined]
+    method.loss(ctx, batch, method.phases[0])
+    # the guided teacher, the tangent, the point, the last time, and the teacher's features
+    assert [(rows, told is not None) for rows, told in seen] == [
+        (8, False),
+        (4, True),
+        (4, True),
+        (4, True),
+        (4, False),
+    ]
+    assert all(told is None or torch.equal(told, guidance_embedding(w, 32)) for _, told in seen)
+    assert 4 <= float(w.min()) < float(w.max()) <= 5
+    record = method.sampling(SD_SCHEDULE)
+    assert record is not None and record.told == (4.0, 5.0) and record.guidance == 5.0
+    with pytest.raises(UserError, match="tell_guidance=true asks for a guidance embedding"):
+        make_method("scm", {"tell_guidance": True}).build(family())
+
+
+def test_several_features_by_one_call() -> None:
+    trainer = stirred(make_trainer(scm()))
+    ctx, cond = trainer.ctx, batch_of(trainer).condition("image")
+    x, t, names = torch.randn(4, 4, 8, 8), torch.tensor([5, 300, 600, 999]), ("mid_block", "down_blocks.0")
+    calls: list[int] = []
+    trainer.roles.networks["base"].conv_in.register_forward_hook(lambda *args: calls.append(1))  # type: ignore[union-attr]
+    with torch.no_grad():
+        both = ctx.features_of("student", x, t, cond, names)
+        assert len(calls) == 1
+        for found, name in zip(both, names, strict=True):
+            assert torch.equal(found, ctx.features("student", x, t, cond, name))
+    with pytest.raises(UserError, match=r"gan_blocks: this U-Net has no 'up_blocks.0'; did you mean"):
+        scm(**GAN, gan_blocks=["up_blocks.0"]).build(family())
 
 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,6 +185,26 @@ def test_a_students_own_steps_are_searched(stock: StableDiffusionPipeline) -> No
         SearchPipeline.of(stock, still)(TEXTS[0], search="tree", **options)
 
 
+def test_a_beam_of_one_is_the_students_own_sampler(stock: StableDiffusionPipeline) -> None:
+    """x0 and new noise at the recorded times, from the scaled first noise, without guidance; x0 at the end."""
+    times, name = (999, 666, 333), text_id(TEXTS[0])
+    bars = DDIMScheduler.from_config(stock.scheduler.config).alphas_cumprod
+    x = 0.9 * normal((4, 8, 8), 0, "sample", name, 0)[None]
+    cond, _ = stock.encode_prompt(TEXTS[0], "cpu", 1, False)
+    with torch.no_grad():
+        for k, t in enumerate(times):
+            eps = stock.unet(x, t, cond).sample
+            x0 = (x - (1 - bars[t]).sqrt() * eps) / bars[t].sqrt()
+            if k < 2:
+                noise = normal((4, 8, 8), 0, "search", name, f"step-{k}", "0")[None]
+                x = bars[times[k + 1]].sqrt() * x0 + (1 - bars[times[k + 1]]).sqrt() * noise
+        decoded = stock.vae.decode(x0 / stock.vae.config.scaling_factor).sample
+    expected = stock.image_processor.postprocess(decoded)[0]
+    pipe = SearchPipeline.of(stock, student_record(stock.scheduler.config, times, scale=0.9))
+    found = pipe(TEXTS[0], reward=brightness, search="beam:beams=1,children=1", budget=3)
+    assert np.abs(pixels(found.images[0]) - pixels(expected)).max() <= 1
+
+
 def test_an_interrupt_returns_what_there_is(pipe: SearchPipeline) -> None:
     asked = [0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from gauss import DENOISER, level, posterior
 from torch import Tensor
 
 from diffalign.errors import RunError, UserError
+from diffalign.keyed import normal
 from diffalign.pipelines.searches import tree
 from diffalign.pipelines.searches.core import Draw, Found, Search, Task, World, drive
 from diffalign.pipelines.searches.options import Beam, BestOfN, Greedy, SearchOptions, Tree, parse_search
@@ -200,6 +202,56 @@ def test_one_beam_of_one_child_is_the_sampler_and_k_1_is_independent_chains() ->
     # children that nobody judges before the end: a fork at the last step but one
     (late,) = run(Toy(), Beam(beams=2, children=3, start=1), least_calls(Toy(), Beam(beams=2, children=3, start=1)))
     assert late.finished == 6 and late.decodes == 6
+
+
+def test_first_noises_are_the_samplers_times_the_scale_and_the_first_of_equals_stays() -> None:
+    world = Toy(rows=2, slope=0.0)
+    first = [normal((1, 1, 1), 0, "sample", "p1", draw) for draw in (3, 5)]
+    world.policy = replace(world.policy, scale=0.5)
+    assert torch.equal(Task(world, 1, 0).start([3, 5]).x, 0.5 * torch.stack(first))
+    assert run(world, BestOfN(), 12)[1].picture == world.draw([1], [0])[0]
+
+
+class Seen(Toy):
+    """Keeps what the network is asked and what is judged on the way: (x, t) each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[Tensor, int]] = []
+        self.judged_at: list[tuple[Tensor, int]] = []
+
+    def network(self, x: Tensor, t: Tensor, rows: Sequence[int]) -> Tensor:
+        self.asked.append((x, int(t[0])))
+        return super().network(x, t, rows)
+
+    def score(self, pictures: Sequence[Any], rows: Sequence[int], t: Sequence[int]) -> list[float]:
+        self.judged_at.append((torch.tensor(pictures).view(-1, 1, 1, 1), t[0]))
+        return super().score(pictures, rows, t)
+
+
+def test_children_are_judged_by_what_noiseless_steps_make_of_them() -> None:
+    """At once by x0 of their own time; with a look ahead by x0 where one DDIM step leads. Then as finished pictures."""
+    for ahead in (1, 2):
+        world = Seen()
+        how = Beam(beams=1, children=2, lookahead=ahead)
+        (found,) = run(world, how, least_calls(world, how))
+        assert [t for _, t in world.asked] == [999, 666, *[333] * ahead]
+        assert [t for _, t in world.judged_at] == [TIMES[ahead], 0] and found.finished == 2
+        (children, time), (x, at) = world.asked[1], world.asked[ahead]
+        x0 = posterior(children, *level(time), MEAN, STD**2)
+        if ahead == 2:
+            (alpha, sigma), (to_alpha, to_sigma) = level(time), level(at)
+            torch.testing.assert_close(x, to_alpha * x0 + to_sigma * (children - alpha * x0) / sigma)
+        torch.testing.assert_close(world.judged_at[0][0], posterior(x, *level(at), MEAN, STD**2), rtol=1e-4, atol=1e-5)
+        best = int(world.judged_at[0][0].argmax())
+        step = world.policy.step  # the child that goes on is the better one, with the output that judged it
+        output = DENOISER.target_from_xt(x0, children, torch.tensor([time] * 2))[best : best + 1]
+        s = torch.tensor([333])
+        mean = step(DENOISER, output, children[best : best + 1], torch.tensor([time]), s).mean
+        spread = float(world.policy.stds(DENOISER)[1])
+        names = [f"0.{best}.{i}" for i in range(2)]
+        noise = torch.stack([normal((1, 1, 1), 0, "search", "p0", "step-1", name) for name in names])
+        torch.testing.assert_close(world.asked[-1][0], mean + spread * noise, rtol=1e-4, atol=1e-5)
 
 
 def test_a_greedy_search_is_a_beam_of_one() -> None:

@@ -66,8 +66,13 @@ def optimizer_bytes(name: str, parameters: Mapping[str, nn.Parameter]) -> int:
     return 8 * sum(p.numel() for p in parameters.values())
 
 
-def held_parts(model: Model, roles: Roles, recipe: Recipe, dtype: torch.dtype, world: int) -> dict[str, int]:
-    """Bytes that stay on the device while training, by part. Full shards are divided by the processes."""
+def held_parts(
+    model: Model, method: Method[Any], roles: Roles, recipe: Recipe, dtype: torch.dtype, world: int
+) -> dict[str, int]:
+    """Bytes that stay on the device while training, by part. Full shards are divided by the processes.
+
+    A role that no phase trains, such as an average of the student, has neither gradients nor an optimiser's state."""
+    learning = {role for phase in method.phases for role in phase.trains}
     copies = roles.lora is None
     shards = world if recipe.train.parallel == "fsdp" else 1
     parts: dict[str, int] = {}
@@ -80,10 +85,11 @@ def held_parts(model: Model, roles: Roles, recipe: Recipe, dtype: torch.dtype, w
         size = 4 * sum(p.numel() for p in named.values()) // shards
         kind = "weights" if copies or role in roles.modules else "adapter"
         parts[f"{role}: {kind}, fp32"] = size
-        parts[f"{role}: gradients, fp32"] = size
-        parts[f"{role}: optimiser ({recipe.train.optimizer})"] = (
-            optimizer_bytes(recipe.train.optimizer, named) // shards
-        )
+        if role in learning:
+            parts[f"{role}: gradients, fp32"] = size
+            parts[f"{role}: optimiser ({recipe.train.optimizer})"] = (
+                optimizer_bytes(recipe.train.optimizer, named) // shards
+            )
         if recipe.train.ema:
             parts[f"{role}: EMA, fp32"] = size
     if not recipe.data.cache:
@@ -123,7 +129,7 @@ def estimate(
         cuda: the device is a GPU with a context, and norms compute in fp32 under autocast.
         longest: pictures of the longest list, where rows are ranked lists.
     """
-    parts = held_parts(model, roles, recipe, dtype, world)
+    parts = held_parts(model, method, roles, recipe, dtype, world)
     if method.needs.decode and recipe.data.cache:
         parts["VAE, fp32, for the method"] = sum(4 * p.numel() for p in model.vae.parameters())
     shapes = replace(shapes_of(model, recipe), longest=longest)

@@ -24,6 +24,7 @@ from .data.store import free_bytes
 from .errors import UserError
 from .families import Model, ModelFolder, pick_device
 from .families.folder import HUB_ID
+from .families.guidance import add_embedding
 from .families.known import SCHEDULE, Known, known_by, meta_network
 from .families.quantise import check_quantize
 from .memory import estimate
@@ -186,6 +187,8 @@ def make_plan(recipe: Recipe, world: int = 1, card: int = 0) -> Plan:
         model = meta_model(real)
     else:
         model = known_model(known, recipe.model.path, recipe.model.long_prompts)
+        if recipe.model.guidance_embedding:
+            add_embedding(model.unet, recipe.model.guidance_embedding)
         disk = known_cache(rows, model, recipe)
         notes.append(f"the weights of '{recipe.model.path}' are not on this machine: counted from the known configs")
     if recipe.data.cache:

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffalign.errors import RunError, UserError
 from diffalign.keyed import normal
 from diffalign.pipelines.searches import tree
-from diffalign.pipelines.searches.core import Draw, Found, Search, Task, World, drive
+from diffalign.pipelines.searches.core import Draw, Found, Search, States, Task, World, drive
 from diffalign.pipelines.searches.options import Beam, BestOfN, Greedy, SearchOptions, Tree, parse_search
 from diffalign.pipelines.searches.run import least_calls, search
 from diffalign.rollouts.policy import Policy, few_steps
@@ -150,6 +150,12 @@ def test_a_tree_is_a_tree() -> None:
     assert root.visits >= len(leaves) > 20
 
 
+def test_a_tree_that_hardly_widens_spends_its_budget_all_the_same() -> None:
+    """By its visits alone a second child would come after 10^10 walks, which cost no calls."""
+    (found,) = run(Toy(), Tree(widening=0.1, growth=0.1), 30)
+    assert found.calls > 27 and found.finished > 10
+
+
 @pytest.mark.parametrize("how", ALL, ids=NAMES)
 def test_a_larger_budget_begins_as_a_smaller_one(how: SearchOptions) -> None:
     """So the best only rises, and no budget is passed; what was spent is what the network saw."""
@@ -202,6 +208,15 @@ def test_one_beam_of_one_child_is_the_sampler_and_k_1_is_independent_chains() ->
     # children that nobody judges before the end: a fork at the last step but one
     (late,) = run(Toy(), Beam(beams=2, children=3, start=1), least_calls(Toy(), Beam(beams=2, children=3, start=1)))
     assert late.finished == 6 and late.decodes == 6
+
+
+def test_children_stand_together_and_have_paths_of_their_own() -> None:
+    x = torch.arange(3.0).view(3, 1, 1, 1)
+    states = States(x, 1, ["0", "1", "2"], -x)
+    forked = states.fork(2)
+    assert forked.names == ["0.0", "0.1", "1.0", "1.1", "2.0", "2.1"] and states.names == ["0", "1", "2"]
+    assert forked.x.flatten().tolist() == [0, 0, 1, 1, 2, 2] and forked.k == 1
+    assert forked.output is not None and torch.equal(forked.output, -forked.x) and states.fork(1) is states
 
 
 def test_first_noises_are_the_samplers_times_the_scale_and_the_first_of_equals_stays() -> None:

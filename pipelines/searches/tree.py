@@ -11,8 +11,9 @@ it only.
 model's distribution times exp(reward / T). ``search`` (DTS*) takes the child of the highest value plus UCT's bonus.
 
 Ours, since no code of the authors could be read: how many children a node may have (progressive widening by its
-visits), the bonus in units of the spread of the rewards so far, which is also what the temperature of a search is
-measured by unless it is given, and that nothing branches at the last step, which adds no noise.
+visits, and by one more where a small tree has been walked in vain for long), the bonus in units of the spread of the
+rewards so far, which is also what the temperature of a search is measured by unless it is given, and that nothing
+branches at the last step, which adds no noise.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ import numpy as np
 from ...keyed import generator
 from .core import Found, Judge, Judged, Outputs, Request, Search, States, Task
 from .options import Tree
+
+STALL = 100  # walks in a row that only see finished pictures again: then every node may have one more child
 
 
 @dataclass(eq=False)
@@ -69,13 +72,14 @@ def search(task: Task, how: Tree) -> Search:
 
 def grow(task: Task, how: Tree) -> Generator[Request, Any, Node]:
     """The tree that the budget holds."""
-    root, rewards = Node(), []  # type: Node, list[float]
+    root, rewards, idle = Node(), [], 0  # type: Node, list[float], int
     while True:
         spread = float(np.std(rewards)) if rewards else 0.0
         temperature = spread / 2 if how.temperature is None else how.temperature
-        path = descend(task, how, root, temperature, spread)
-        node = path[-1]
+        path = descend(task, how, root, temperature, spread, idle // STALL)
+        node, idle = path[-1], idle + 1
         if node.reward is None:
+            idle = 0
             steps = len(task.world.policy)
             if not task.affords(steps - (0 if node.states is None else node.states.k + 1)):
                 return root
@@ -85,10 +89,10 @@ def grow(task: Task, how: Tree) -> Generator[Request, Any, Node]:
         back_up(path, temperature, whole=how.temperature is None)
 
 
-def descend(task: Task, how: Tree, root: Node, temperature: float, spread: float) -> list[Node]:
+def descend(task: Task, how: Tree, root: Node, temperature: float, spread: float, more: int = 0) -> list[Node]:
     """From the root to a node that gets a child, or to a finished picture, which is only visited again."""
     path, node = [root], root
-    while node.reward is None and len(node.children) >= room(task, how, node):
+    while node.reward is None and len(node.children) >= room(task, how, node, more):
         values = [child.value for child in node.children]
         if how.mode == "sample":
             rng = generator(*task.key("search-tree"), root.visits, len(path))
@@ -103,11 +107,11 @@ def descend(task: Task, how: Tree, root: Node, temperature: float, spread: float
     return path
 
 
-def room(task: Task, how: Tree, node: Node) -> int:
-    """How many children a node may have."""
+def room(task: Task, how: Tree, node: Node, more: int = 0) -> int:
+    """How many children a node may have: ``more`` than its visits allow, where it branches at all."""
     if node.states is not None and task.world.still(node.states.k):
         return 1
-    return max(1, math.ceil(how.widening * node.visits**how.growth))
+    return max(1, math.ceil(how.widening * node.visits**how.growth)) + more
 
 
 def roll_out(task: Task, node: Node) -> Generator[Request, Any, list[Node]]:

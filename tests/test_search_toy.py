@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffalign.errors import RunError, UserError
 from diffalign.keyed import normal
-from diffalign.pipelines.searches import tree
+from diffalign.pipelines.searches import beam, tree
 from diffalign.pipelines.searches.core import Draw, Found, Search, States, Task, World, drive
 from diffalign.pipelines.searches.options import Beam, BestOfN, Greedy, SearchOptions, Tree, parse_search
 from diffalign.pipelines.searches.run import least_calls, search
@@ -269,9 +269,16 @@ def test_children_are_judged_by_what_noiseless_steps_make_of_them() -> None:
         torch.testing.assert_close(world.asked[-1][0], mean + spread * noise, rtol=1e-4, atol=1e-5)
 
 
+def test_a_look_ahead_goes_evenly_through_what_is_left() -> None:
+    world = Toy()
+    world.policy = Policy(*few_steps(range(990, 0, -99)))
+    ways = {(k, ahead): beam.way(world, Beam(lookahead=ahead), k) for k, ahead in ((1, 1), (1, 3), (4, 4), (8, 5))}
+    assert ways == {(1, 1): [1], (1, 3): [1, 4, 7], (4, 4): [4, 5, 7, 8], (8, 5): [8, 9]}
+
+
 def test_a_greedy_search_is_a_beam_of_one() -> None:
-    greedy, beam = Greedy(children=3, every=2), Beam(beams=1, children=3, every=2)
-    assert run(Toy(), greedy, 50)[0] == run(Toy(), beam, 50)[0]
+    greedy, one = Greedy(children=3, every=2), Beam(beams=1, children=3, every=2)
+    assert run(Toy(), greedy, 50)[0] == run(Toy(), one, 50)[0]
 
 
 def mean_reward(how: SearchOptions, budget: int, world: Callable[[], Toy]) -> float:

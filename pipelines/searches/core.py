@@ -140,16 +140,16 @@ class Task:
         x = self.world.policy.scale * torch.stack(noise).to(self.world.device)
         return States(x, 0, [str(draw) for draw in draws])
 
-    def step(self, states: States, eta: float | None = None) -> States:
-        """One step on; noise is keyed by step and path. The last step adds none, nor does one with ``eta`` 0."""
+    def step(self, states: States) -> States:
+        """One step on; noise is keyed by step and path. A step that adds none draws none."""
         assert states.output is not None
         world, k = self.world, states.k
         t, s = (world.times(steps[k], len(states)) for steps in (world.policy.times, world.policy.ends))
         noise = None
-        if not (eta == 0 or world.still(k)):
+        if not world.still(k):
             drawn = [normal(world.shape, *self.key("search"), f"step-{k}", name) for name in states.names]
             noise = torch.stack(drawn).to(world.device)
-        x = world.policy.step(world.denoiser, states.output, states.x, t, s, noise, eta).sample
+        x = world.policy.step(world.denoiser, states.output, states.x, t, s, noise).sample
         return States(x, k + 1, list(states.names))
 
     def key(self, tag: str) -> tuple[int, str, str]:

@@ -205,6 +205,9 @@ def test_one_beam_of_one_child_is_the_sampler_and_k_1_is_independent_chains() ->
     assert run(Toy(), Beam(beams=1, children=1), 3)[0].picture == pytest.approx(draws[0])
     assert run(Toy(), Beam(beams=4, children=1), 12)[0].picture == pytest.approx(max(draws))
     assert run(Toy(), BestOfN(), 12)[0].picture == pytest.approx(max(draws))
+    passes = Seen()  # each from noise of its own
+    run(passes, Beam(beams=2, children=1), 12)
+    assert torch.cat([x for x, _ in passes.judged_at]).flatten().tolist() == pytest.approx(draws)
     # children that nobody judges before the end: a fork at the last step but one
     (late,) = run(Toy(), Beam(beams=2, children=3, start=1), least_calls(Toy(), Beam(beams=2, children=3, start=1)))
     assert late.finished == 6 and late.decodes == 6

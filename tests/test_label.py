@@ -221,6 +221,21 @@ def test_several_labellers_at_once(tmp_path: Path, candidates: list[Pair]) -> No
     assert summary.labellers["ann"]["skip"] == 1 and list(summary.labellers) == ["ann", "bob", "cy"]
 
 
+def test_each_labellers_own_rows_and_agreement(tmp_path: Path, candidates: list[Pair]) -> None:
+    """Whoever likes the second picture has it chosen, wherever it stood; a labeller sees only his own agreements."""
+    pair = candidates[0]
+    one, other = (ref.digest for ref in pair.pictures)
+    for name, liked in (("ann", one), ("bob", other), ("cy", other)):
+        session = Session(tmp_path, candidates, name)
+        state = session.vote(pair.id, side_of(session, pair, liked))
+    rows = {row["user"]: row for row in lines_of(tmp_path / "labellers.jsonl")}
+    found = {name: (Path(row["chosen"]).stem, Path(row["rejected"]).stem) for name, row in rows.items()}
+    assert found == {"ann": (one, other), "bob": (other, one), "cy": (other, one)}
+    (row,) = lines_of(tmp_path / "metadata.jsonl")
+    assert Path(row["chosen"]).stem == other and row["votes"] == [2, 1, 0]
+    assert [kappa[:4] for kappa in state.kappas] == [("ann", "cy", 1, 0.0), ("bob", "cy", 1, 1.0)]
+
+
 def test_two_tabs_cannot_vote_twice(tmp_path: Path, candidates: list[Pair]) -> None:
     tabs = [Session(tmp_path, candidates, "ann") for _ in range(4)]  # as processes: nothing in memory is shared
     refused: list[str] = []

@@ -33,6 +33,9 @@ def sample(
     sampling: dict[str, Any],
     lora: Annotated[str | None, typer.Option(help="LoRA file, folder, or run's folder.")] = None,
     lora_scale: Annotated[float, typer.Option(help="Strength of the LoRA.")] = 1.0,
+    students: Annotated[
+        str | None, typer.Option(help="Folder of `pairs split` with a student for each part of the prompts.")
+    ] = None,
     base_first: Annotated[
         int | None, typer.Option(help="So many of a few-step student's steps by its base, for its diversity.", min=1)
     ] = None,
@@ -58,6 +61,11 @@ def sample(
     begun: dict[str, Any] = {"base_first": base_first, "base_steps": base_steps, "base_guidance": base_guidance}
     wanted: dict[str, Any] = {"search": search, "reward": reward, "budget": budget}
     spec = SampleSpec(model, lora, lora_scale, **begun, **wanted, **sampling)
+    if students is not None:
+        from ..pipelines.parts import sample_parts
+
+        print(sample_parts(spec, students, read_prompts(prompts), to, not quiet, set_name(prompts)))
+        return
     print(run_sample(spec, read_prompts(prompts), to, progress=not quiet, set_name=set_name(prompts)))
 
 

@@ -1,4 +1,4 @@
-"""Commands that give pairs their scores: score, make."""
+"""Commands that give pairs their scores, and prompts their parts: score, make, split."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from .common import AsJson, BatchSize, Device, Dtype, Overrides, Quiet, is_main, out, sampling_options
+from .common import AsJson, BatchSize, Device, Dtype, Overrides, Quiet, is_main, out, print_rows, sampling_options
 from .pairs import Form, Link, Source, Strict, Target, data_changes, pairs
 
 Scorers = Annotated[str, typer.Option(help="Names, comma-separated; name=PATH for own weights.")]
@@ -102,3 +102,39 @@ def pairs_make(
     )
     if found is not None and is_main():
         print(json.dumps(found.json(), indent=1)) if as_json else found.render(out())
+
+
+@pairs.command("split")
+def pairs_split(
+    prompts: Annotated[str, typer.Argument(help="A prompt file or built-in set.")],
+    to: Annotated[Path, typer.Argument(help="Folder for partition.json and a prompt file a part.", metavar="DST")],
+    words: Annotated[
+        Path | None, typer.Option(help="YAML of part: [words]; the part without words takes the rest.")
+    ] = None,
+    clusters: Annotated[int | None, typer.Option(help="... or so many parts by what the prompts say.", min=1)] = None,
+    model: Annotated[str | None, typer.Option(help="With --clusters: the model whose text encoder reads them.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Part prompts for multi-student distillation: each PART.tsv trains a student, and `sample` takes them all."""
+    from omegaconf import OmegaConf
+
+    from ..errors import UserError
+    from ..eval.prompts import read_prompts
+    from ..partition import by_clusters, by_words, features_of, split_prompts
+    from ..recipe import read_yaml
+
+    if (words is None) == (clusters is None):
+        raise UserError("say how to part the prompts: --words FILE, or --clusters N with --model")
+    if clusters is not None and model is None:
+        raise UserError("--clusters needs --model, whose text encoder reads the prompts")
+    features = None
+    if words is not None:
+        found: Any = OmegaConf.to_container(read_yaml(str(words)))
+        partition = by_words(found)
+    else:
+        assert clusters is not None and model is not None
+        features = features_of(model)
+        partition = by_clusters(features([p.prompt for p in read_prompts(prompts)]), clusters)
+    counts = split_prompts(prompts, to, partition, features)
+    rows = [{"part": name, "prompts": count, "file": str(to / f"{name}.tsv")} for name, count in counts.items()]
+    print_rows(rows, ["part", "prompts", "file"], as_json)

@@ -10,7 +10,7 @@ import typer
 
 from .common import AsJson, Device, Dtype, Overrides, Quiet, app, is_main, out, sampling_options
 
-pairs = typer.Typer(help="Preference pairs: check, convert, caption, score, make, label.", no_args_is_help=True)
+pairs = typer.Typer(help="Preference pairs: check, convert, caption, score, make, label, split.", no_args_is_help=True)
 app.add_typer(pairs, name="pairs")
 
 Source = Annotated[str, typer.Argument(help="Pairs in any format that `pairs check` takes.", metavar="SRC")]

@@ -208,19 +208,19 @@ class Consistency(Method[K], Generic[K]):
         x, cond = self.solve(ctx, point), self.told(ctx, point)
         return self.reach(ctx, ctx.model(self.teller, x, point.before, cond), x, point.before, point)
 
-    def predict(self, ctx: Context, point: Point) -> Tensor:
-        """The end (B, C, h, w) as the student says it."""
+    def predict(self, ctx: Context, point: Point) -> tuple[Tensor, Tensor]:
+        """The end as the student says it, and its network's own output, both (B, C, h, w)."""
         output = ctx.model("student", point.x_t, point.t, self.told(ctx, point))
-        return self.reach(ctx, output, point.x_t, point.t, point)
+        return self.reach(ctx, output, point.x_t, point.t, point), output
 
-    def consistency(self, ctx: Context, batch: Batch) -> tuple[Loss, Point, Tensor]:
-        """The loss, where it was taken, and the student's ends (B, C, h, w)."""
+    def consistency(self, ctx: Context, batch: Batch) -> tuple[Loss, Point, Tensor, Tensor]:
+        """The loss, where it was taken, and what `predict` gives there."""
         point = self.point(ctx, batch)
         target = self.target(ctx, point)
-        reached = self.predict(ctx, point)
+        reached, output = self.predict(ctx, point)
         values = distance(reached - target, self.config.loss, self.config.huber)
         error = (reached.detach() - target).square().mean((1, 2, 3))
-        return Loss(values, batch.weight, {"consistency_error": error}), point, reached
+        return Loss(values, batch.weight, {"consistency_error": error}), point, reached, output
 
     def loss(self, ctx: Context, batch: Batch, phase: Phase) -> Loss:
         """The distance of what the student says from what is said one step further."""

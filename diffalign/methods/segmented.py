@@ -102,7 +102,7 @@ class Segmented(Consistency[G], Generic[G]):
         """The head learns to tell the student's landings from the target's."""
         with torch.no_grad():
             point = self.point(ctx, batch)
-            target, reached = self.target(ctx, point), self.predict(ctx, point)
+            target, (reached, _) = self.target(ctx, point), self.predict(ctx, point)
         real, fake = (self.judge(ctx, batch, x, point) for x in (target, reached))
         return Loss(hinge_critic_loss(real, fake), batch.weight, {"gan_real": real, "gan_fake": fake})
 
@@ -110,9 +110,13 @@ class Segmented(Consistency[G], Generic[G]):
         """The distance of landings, and what the head says of the student's."""
         if phase.name == "critic":
             return self.critic_loss(ctx, batch)
-        found, point, reached = self.consistency(ctx, batch)
+        found, point, reached, output = self.consistency(ctx, batch)
+        self.add_terms(ctx, batch, found, ctx.denoiser.to_x0(output, point.x_t, point.t))
         if self.config.gan_weight:
             term = -self.config.gan_weight * self.judge(ctx, batch, reached, point)
             found.values = found.values + term
             found.metrics["gan"] = term
         return found
+
+    def add_terms(self, ctx: Context, batch: Batch, found: Loss, x0: Tensor) -> None:
+        """Hook: further terms of the student's loss, of its x0 (B, C, h, w) at the points."""

@@ -11,10 +11,12 @@ from gauss import DENOISER
 from pydantic import ValidationError
 from test_consistency import Exact, world
 from tiny import SD_SCHEDULE
-from world import batch_of, make_trainer
+from torch import Tensor
+from world import batch_of, make_trainer, stirred
 
-from diffalign import load_recipe, train
+from diffalign import load_recipe, run, train
 from diffalign.errors import UserError
+from diffalign.facts import recorded
 from diffalign.methods import make_method
 from diffalign.methods.consistency import make_grid
 from diffalign.methods.segmented import Segmented, hinge_critic_loss
@@ -152,7 +154,7 @@ def test_the_gan_begins_as_nothing_and_then_moves_the_student() -> None:
     torch.nn.init.normal_(ctx.roles.modules["head"].last.weight, std=0.1)
     moved = method.loss(ctx, batch, student)
     torch.testing.assert_close(moved.values - found.values, moved.metrics["gan"], rtol=1e-3, atol=1e-5)
-    _, point, reached = method.consistency(ctx, batch)
+    _, point, reached, _ = method.consistency(ctx, batch)
     torch.testing.assert_close(moved.metrics["gan"], -0.5 * method.judge(ctx, batch, reached, point))
     moved.metrics["gan"].sum().backward()
     assert any(bool(p.grad is not None and p.grad.any()) for p in trainer.roles.parameters("student"))
@@ -161,7 +163,7 @@ def test_the_gan_begins_as_nothing_and_then_moves_the_student() -> None:
     seen = method.loss(ctx, batch, critic).metrics
     with torch.no_grad():
         point = method.point(ctx, batch)
-        for name, landed in (("gan_real", method.target(ctx, point)), ("gan_fake", method.predict(ctx, point))):
+        for name, landed in (("gan_real", method.target(ctx, point)), ("gan_fake", method.predict(ctx, point)[0])):
             torch.testing.assert_close(seen[name], method.judge(ctx, batch, landed, point))
     assert float((seen["gan_real"] - seen["gan_fake"]).abs().max()) > 1e-6
 
@@ -176,6 +178,68 @@ def test_what_is_recorded() -> None:
     assert eight is not None and one is not None
     assert eight.deterministic and eight.steps == 8
     assert not one.deterministic and one.timesteps == (800,), "one segment: a consistency model"
+
+
+def test_human_feedback_is_on_the_students_x0() -> None:
+    """Beside the distance: minus the score, or what it lacks to the margin; its gradient is the student's."""
+    options = {"segments": 8, "guidance": [1.0, 1.0], "reward": "tiny-pickscore", "reward_weight": 0.5}
+    trainer = stirred(make_trainer(tscd(**options)))
+    ctx, batch, phase = trainer.ctx, batch_of(trainer), trainer.method.phases[0]
+    ctx.phase, decode = "student", ctx.decoder
+    trainer.roles.train_only(("student",))
+    seen: list[Tensor] = []
+
+    def decoder(latents: Tensor) -> Tensor:
+        assert decode is not None
+        seen.append(latents)
+        return decode(latents)
+
+    ctx.decoder = decoder
+    found = trainer.method.loss(ctx, batch, phase)
+    plain, point, reached, _ = trainer.method.consistency(ctx, batch)  # type: ignore[attr-defined]
+    score = found.metrics["reward/tiny-pickscore"]
+    torch.testing.assert_close(found.values, plain.values - 0.5 * score)
+    # the jump to the segment's end is DDIM's, of that x0
+    alpha, sigma, to_a, to_s = (c(t).double() for t in (point.t, point.end) for c in (DENOISER.alpha, DENOISER.sigma))
+    expected = to_a * seen[0] + to_s * (point.x_t - alpha * seen[0]) / sigma
+    torch.testing.assert_close(expected.float(), reached, rtol=1e-4, atol=1e-4)
+    assert float((seen[0] - reached).detach().abs().max()) > 0.1, "an end with noise is no picture"
+    score.sum().backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in trainer.roles.parameters("student"))
+    lowest, highest = score.detach().min().item(), score.detach().max().item()
+    for margin, most in ((lowest - 1, 0.0), (highest + 1, None)):
+        method = tscd(**options, reward_margin=margin)
+        values = method.loss(ctx, batch, phase).values
+        lacks = torch.zeros(4) if most == 0.0 else margin - score
+        torch.testing.assert_close(values, plain.values + 0.5 * lacks)
+    assert tscd(**options).notes() and not tscd().notes()
+    assert not tscd().needs.reward and not tscd().needs.decode and tscd(**options).rewards() == "tiny-pickscore"
+
+
+def test_hypersds_later_stages_go_on_from_one_another(tmp_path: Path) -> None:
+    """Feedback, then score distillation from its LoRA: one LoRA, recorded for one step and for two."""
+    small = ["train.steps=1", "train.batch=1", "validate.images=1", "validate.per_prompt=1", "model.lora.rank=4"]
+    small += ["output.trackers=[]", "data.max_pairs=2", "train.lr=1e-2", "model.lora.targets=attention"]
+    begun: dict[str, list[Tensor]] = {}
+    first = train(load_recipe("tiny/hypersd-feedback", [*small, f"output.dir={tmp_path / 'a'}"]), progress=False)
+    assert any(row["kind"] == "train" and "reward/tiny-pickscore" in row for row in first.log)
+
+    def watch(session: run.Session) -> None:
+        roles = session.trainer.roles
+        begun.update({role: [p.detach().clone() for p in roles.parameters(role)] for role in roles.names})
+
+    options = [*small, "method.critic_steps=1", f"model.start={tmp_path / 'a'}", f"output.dir={tmp_path / 'b'}"]
+    second = run.train(load_recipe("tiny/hypersd-dmd", options), progress=False, watch=watch)
+    assert any(bool(p.any()) for p in begun["student"][1::2]), "it begins as the feedback's LoRA"
+    assert not any(bool(p.any()) for p in begun["fake"][1::2]), "the fake score begins as the base"
+    record = recorded(str(second.model))
+    assert record is not None and record.times(1) == (999,) and record.times(2) == (999, 499)
+    eight = [load_recipe(f"{family}/hypersd-dmd").method.model_dump() for family in ("sd15", "sdxl")]
+    for options in eight:
+        made = make_method("dmd2", {k: v for k, v in options.items() if k != "name"}).sampling(SD_SCHEDULE)
+        assert made is not None
+        for steps in (1, 2, 4, 8):
+            assert made.times(steps) == tscd(segments=steps).edges(SD_SCHEDULE)
 
 
 @pytest.mark.slow

@@ -32,9 +32,9 @@ def draw_noise(
 
 @dataclass
 class Context:
-    """What a method may use. ``phase`` and ``repeat`` are set by the trainer and key the draws; ``stats`` holds the
-    reduced result of ``Method.statistics``. ``latent_shape`` (C, h, w) is that of a picture at the run's resolution:
-    what is drawn for batches that bring no latents."""
+    """What a method may use. ``phase`` and ``repeat`` are set by the trainer and key the draws; ``step`` is how many
+    steps are done; ``stats`` holds the reduced result of ``Method.statistics``. ``latent_shape`` (C, h, w) is that of a
+    picture at the run's resolution: what is drawn for batches that bring no latents."""
 
     roles: Roles
     denoiser: Denoiser
@@ -46,6 +46,7 @@ class Context:
     decoder: Callable[[Tensor], Tensor] | None = None
     phase: str = "main"
     repeat: int = 0
+    step: int = 0
     stats: dict[str, Tensor] = field(default_factory=dict)
     latent_shape: tuple[int, int, int] = (4, 64, 64)
 

@@ -188,6 +188,7 @@ def without_paths(recipe: Mapping[str, Any]) -> dict[str, Any]:
         ("model", "path"),
         ("model", "vae"),
         ("model", "start"),
+        ("method", "path"),
         ("data", "path"),
         ("data", "cache_dir"),
         ("output", "dir"),

@@ -176,6 +176,7 @@ def build_roles(model: Model, method: Method[Any], recipe: Recipe, dtype: torch.
     )
     if recipe.model.start is not None:
         start_student(roles, recipe)
+    method.begin(roles)
     if recipe.model.storage == "copies" and method.needs.reference:
         roles.networks[BASE].to(dtype)
         if recipe.model.offload and model.device.type != "meta":

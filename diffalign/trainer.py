@@ -159,6 +159,7 @@ class Trainer:
 
     def train_step(self) -> None:
         """All phases of one step. Nothing here waits for the device."""
+        self.ctx.step = self.step
         factor = lr_factor(self.recipe, self.step)
         for role, optimizer in self.optimizers.items():
             set_lr(optimizer, self.recipe.role_lr.get(role, self.recipe.lr) * factor)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..denoiser import Denoiser
     from ..facts import SamplingRecord
     from ..families.base import Model
+    from ..roles import Roles
     from ..rollouts import Rollouts
 
 Stats = dict[str, Tensor]
@@ -147,6 +148,9 @@ class Method(Generic[C]):
     def build(self, family: Model) -> dict[str, nn.Module]:
         """Trained roles that are not adapters of the U-Net: heads, soft tokens, user embeddings."""
         return {}
+
+    def begin(self, roles: Roles) -> None:
+        """Before training: the weights of roles that begin as something else than the base."""
 
     def fit(self, columns: Mapping[str, Tensor]) -> None:
         """Once before training: the columns (N,) of all training rows, for settings that follow the data."""

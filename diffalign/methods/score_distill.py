@@ -181,7 +181,7 @@ class ScoreDistill(Method[D], Generic[D]):
         nn.init.zeros_(steps.weight)
         return {"steps": steps}
 
-    def sampling(self, scheduler: Mapping[str, Any]) -> SamplingRecord:
+    def sampling(self, scheduler: Mapping[str, Any]) -> SamplingRecord | None:
         """The student's own times, without guidance."""
         config = self.config
         return student_record(

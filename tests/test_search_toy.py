@@ -272,6 +272,16 @@ def test_children_are_judged_by_what_noiseless_steps_make_of_them() -> None:
         torch.testing.assert_close(world.asked[-1][0], mean + spread * noise, rtol=1e-4, atol=1e-5)
 
 
+def test_a_beam_forks_and_is_judged_every_so_many_steps() -> None:
+    """Judged on arriving, before the next fork; not before the last step."""
+    world, how = Toy(), Beam(beams=2, children=3, start=1, every=3)
+    world.policy = Policy(*few_steps(range(990, 0, -99)))
+    steps = range(len(world.policy))
+    assert [k for k in steps if beam.forks(world, how, k)] == [1, 4, 7]
+    assert [k for k in steps if beam.judges(world, how, k)] == [4, 7]
+    assert beam.outputs(world, how) == 2 * 2 + 6 * 3 + 6 * 3 + 6 * 2
+
+
 def test_a_look_ahead_goes_evenly_through_what_is_left() -> None:
     world = Toy()
     world.policy = Policy(*few_steps(range(990, 0, -99)))

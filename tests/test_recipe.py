@@ -371,6 +371,24 @@ SHEET: dict[str, dict[str, Any]] = {
         | {"method.timesteps": [999, 749, 499, 249], "method.phases": [2, 2], "data.resolution": side}
         for family, side in (("sd15", 512), ("sdxl", 1024))
     },
+    # distillation sheet 16; layers, batch and steps are ours
+    **{
+        f"{family}/twinflow": {"model.lora.rank": 64, "model.lora.alpha": 64, "train.lr": 1e-4, "method.order": 1}
+        | {
+            "train.betas": [0.9, 0.99],
+            "train.weight_decay": 0.0,
+            "train.max_grad_norm": 1.0,
+            "method.guidance": 1 + 0.8,
+        }
+        | {"method.target_ema": 0.99, "method.rectify": 0.5, "method.robust": 1.0, "method.width": 1e-3}
+        for family in ("sd15", "sdxl")
+    },
+    # distillation sheet 14, and DMD2's guidance (3.4); adapters as in 29.3
+    **{
+        f"{family}/disback": {"method.every": 1000, "method.timesteps": times, "method.guidance": guidance}
+        | {"model.lora.rank": 64, "model.lora.alpha": 8, "train.lr": 5e-5, "train.role_lr.fake": 1e-4}
+        for family, times, guidance in (("sd15", [999], 1.75), ("sdxl", [399], 8.0))
+    },
     # DCPO's run on this model, but at its own size and on its own prediction (sheet 8.3 and 8.7)
     "sd21/dpo": {**SHARED, **LAUNCHER, "method.name": "dpo", "method.beta": 500, "method.error_space": "epsilon"}
     | {"train.batch": 128 * 8, "train.lr": 1e-8 * 128 * 8, "data.caption_dropout": 0.0, "data.resolution": 768},

@@ -287,6 +287,8 @@ def every_method() -> list[Method[Any]]:
         "dmd2": {"timesteps": [999, 499], "critic_steps": 1, "gan_weight": 0.1, "gan_width": 8, "step_fake": True},
         "decoupled_dmd": {"timesteps": [999], "critic_steps": 1},
         "f_distill": {"timesteps": [999], "critic_steps": 1, "gan_width": 8},
+        "twinflow": {"robust": 2.0, "width": 1.0, "target_ema": 0.5, "order": 2},  # as TDM's
+        "disback": {"timesteps": [999, 499], "critic_steps": 1},
         "phased_dmd": {"timesteps": [999, 499], "critic_steps": 1},
         "ddpo": {**SAMPLED, "clip": 0.2},
         "grpo": {**SAMPLED, "clip": 0.2, "kl": 0.1},

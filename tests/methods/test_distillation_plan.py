@@ -21,6 +21,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tdm": {"timesteps": [899, 449], "target": "score"},
     "distillation_dpo": {"timesteps": [999, 499]},
     "pso": {},
+    "phased_dmd": {},
+    "disback": {"stage": "degrade"},
+    "twinflow": {"order": 2},
     "scm": {"tangent": "jvp", "gan_weight": 0.5, "gan_width": 8},
 }
 

@@ -108,3 +108,10 @@ def test_a_sampling_tree_draws_and_does_not_take_the_likeliest(monkeypatch: pyte
     share = np.mean([chances.max() for _, chances in ends])
     assert len(hits) == 60 and share < 0.8
     assert np.mean(hits) == pytest.approx(share, abs=0.17)
+
+
+def test_a_branch_costs_the_steps_below_it_alone() -> None:
+    """A budget that holds just one more branch is spent on it."""
+    spent = [calls for calls, _ in run(Toy(), Tree(), 40)[0].trace]
+    cheap = [after for before, after in zip(spent, spent[1:], strict=False) if after - before < 3]
+    assert cheap and run(Toy(), Tree(), cheap[0])[0].calls == cheap[0]

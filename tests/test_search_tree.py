@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -113,5 +114,5 @@ def test_a_sampling_tree_draws_and_does_not_take_the_likeliest(monkeypatch: pyte
 def test_a_branch_costs_the_steps_below_it_alone() -> None:
     """A budget that holds just one more branch is spent on it."""
     spent = [calls for calls, _ in run(Toy(), Tree(), 40)[0].trace]
-    cheap = [after for before, after in zip(spent, spent[1:], strict=False) if after - before < 3]
+    cheap = [after for before, after in pairwise(spent) if after - before < 3]
     assert cheap and run(Toy(), Tree(), cheap[0])[0].calls == cheap[0]

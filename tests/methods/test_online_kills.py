@@ -38,6 +38,8 @@ def settings(model: Path, data: Path, out: Path) -> list[object]:
         "method.members": 2,
         "method.updates": 2,
         "method.guidance": 1.0,
+        "method.skip_last": False,
+        "method.share": 1.0,
         "data.path": data,
         "data.cache_dir": out.parent / "cache",
         "train.steps": 3,

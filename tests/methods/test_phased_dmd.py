@@ -15,7 +15,8 @@ from world import batch_of, make_trainer, warm
 from diffalign.denoiser import Denoiser
 from diffalign.errors import UserError
 from diffalign.methods import make_method
-from diffalign.methods.distillation.phased_dmd import PhasedDMD, fake_target, further_noise
+from diffalign.methods.distillation.phased_dmd import PhasedDMD, ending, fake_target, further_noise
+from diffalign.methods.score_distill import dm_direction
 
 FOUR = (999, 749, 499, 249)
 
@@ -122,6 +123,33 @@ def test_one_phase_is_dmd2(prediction: str) -> None:
         with torch.no_grad():
             mine, theirs = (method.loss(trainer.ctx, batch_of(trainer), phase) for method in (one, two))
         torch.testing.assert_close(mine.values, theirs.values, rtol=1e-4, atol=1e-6)
+
+
+def test_what_is_pushed_is_the_end_of_the_phase() -> None:
+    """The student's x0 has alpha_s times the direction; the fake score's error is in units of the new noise."""
+    method = phased(timesteps=[999, 499], guidance=3.0)
+    trainer = warm(make_trainer(method, lr=0.05), 2)
+    ctx, batch = trainer.ctx, batch_of(trainer, range(12))
+    ctx.phase = "student"
+    trainer.roles.train_only(("student",))
+    sample = method.generate(ctx, batch)
+    sample.x.retain_grad()
+    method.student_loss(ctx, batch, sample).values.sum().backward()
+    with torch.no_grad():
+        x_s, end = method.land(ctx, batch, sample)
+        x_t, t, noise = method.diffused(ctx, batch, x_s, end, method.time_window(ctx, sample))
+        y_fake, y_real = method.fake_x0(ctx, x_t, t, sample), method.real_x0(ctx, x_t, t, sample, 3.0)
+        direction = dm_direction(sample.x, y_fake, y_real)
+        alpha, _ = ending(ctx.denoiser, end)
+        assert {round(float(a), 4) for a in alpha} == {0.5269, 1.0}
+        torch.testing.assert_close(sample.x.grad * 256, alpha * direction, rtol=1e-3, atol=1e-5)
+        loss = method.critic_loss(ctx, batch, sample).values
+        x_t, t, noise = method.diffused(ctx, batch, x_s, end, method.critic_window(ctx, sample))
+        _, beta = further_noise(ctx.denoiser, t, end)
+        share = ctx.denoiser.sigma(t) / beta
+        eps = method.fake(ctx, x_t, t, sample)
+        torch.testing.assert_close(loss, ((eps - share * noise) / share).square().mean((1, 2, 3)))
+        assert float(share.max()) > 1.05
 
 
 def test_equal_scores_move_nothing() -> None:

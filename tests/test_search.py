@@ -111,6 +111,37 @@ def test_one_picture_is_the_plain_pipeline(pipe: SearchPipeline, stock: StableDi
     stock.scheduler = pipe.scheduler = plain
 
 
+def test_best_of_n_draws_what_the_sampler_draws_each_time(
+    pipe: SearchPipeline, stock: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Number 0, 1, 2 of a prompt, each with first noise and, under eta, steps' noise of its own, in any batches."""
+    scheduler = DDIMScheduler.from_config(stock.scheduler.config, clip_sample=False)
+    for one in (pipe, stock):
+        monkeypatch.setattr(one, "scheduler", scheduler)
+    drawn: dict[tuple[float, int], dict[str, list[np.ndarray]]] = {}
+    for eta, batch in ((0.0, 8), (1.0, 1), (1.0, 8)):
+        seen: dict[str, list[np.ndarray]] = {text: [] for text in TEXTS}
+
+        def reward(pictures: list[Image.Image], prompts: list[str], seen: Any = seen) -> list[float]:
+            for picture, prompt in zip(pictures, prompts, strict=True):
+                seen[prompt].append(pixels(picture))
+            return brightness(pictures, prompts)
+
+        options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0, "batch": batch}
+        pipe(TEXTS, reward=reward, search=f"best-of-n:eta={eta}", budget=6, **options)
+        drawn[eta, batch] = seen
+    for text in TEXTS:
+        latents = torch.stack([normal((4, 8, 8), 0, "sample", text_id(text), draw) for draw in range(3)])
+        plain = stock([text] * 3, latents=latents, num_inference_steps=2, guidance_scale=1.0).images
+        for found, expected in zip(drawn[0.0, 8][text], plain, strict=True):
+            assert np.abs(found - pixels(expected)).max() <= 1
+        noisy = drawn[1.0, 8][text]
+        for found, expected in zip(noisy, drawn[1.0, 1][text], strict=True):
+            assert np.abs(found - expected).max() <= 1
+        assert np.abs(noisy[0] - drawn[0.0, 8][text][0]).max() > 1
+        assert min(np.abs(noisy[a] - noisy[b]).max() for a, b in ((0, 1), (0, 2), (1, 2))) > 1
+
+
 def test_a_beam_of_one_is_plain_ddim_with_noise(pipe: SearchPipeline, stock: StableDiffusionPipeline) -> None:
     """diffusers' own DDIM steps (eta 1, the last one without noise), given the keyed noises."""
     name = text_id(TEXTS[0])

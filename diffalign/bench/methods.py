@@ -50,6 +50,7 @@ POLL = 0.2  # seconds between looks at the processes
 
 # students that take as many steps as the base, at half the forwards: judged beside it, not over steps
 GUIDED = dict.fromkeys(("agd", "lora_guidance"), "guidance")
+TWO_RUNS = {"disback": "no tiny recipe of one run: tiny/disback follows the path of tiny/disback-path"}
 
 
 @dataclass
@@ -82,17 +83,18 @@ def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> lis
         else:
             given, entry = [], Entry(name, "method")
         recipe = load_recipe(source, given)
-        if recipe.model.path != MODEL or recipe.model.loras or recipe.method.name not in groups:
-            continue  # of another base, such as tiny/sdxl-dpo or a student's, or no maker of pictures
+        if recipe.model.path != MODEL or recipe.model.loras or recipe.method.name not in {*groups} - {*TWO_RUNS}:
+            continue  # of another base, such as tiny/sdxl-dpo or a student's, or no maker of pictures in one run
         entry.method = recipe.method.name
         entry.group = groups.get(entry.method, "")
         changed = overrides and (entry.name in only or (entry.kind == "method" and is_asked(entry, only)))
         entry.recipe = load_recipe(source, [*given, *overrides]) if changed else recipe
         entries.append(entry)
     covered = {entry.method for entry in entries}
-    student = {name: f"no tiny recipe without a student (tiny/{name} trains one further)" for name in sources}
+    notes = {name: f"no tiny recipe without a student (tiny/{name} trains one further)" for name in sources}
+    notes |= TWO_RUNS
     entries += [
-        Entry(name, "method", name, group, note=student.get(name, f"no tiny recipe (configs/tiny/{name}.yaml)"))
+        Entry(name, "method", name, group, note=notes.get(name, f"no tiny recipe (configs/tiny/{name}.yaml)"))
         for name, group in groups.items()
         if name not in covered
     ]

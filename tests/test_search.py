@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from PIL import Image
 
 from diffalign.errors import Interrupted, UserError
@@ -202,6 +208,27 @@ def test_as_a_custom_pipeline_and_sdxl() -> None:
             best = loaded(TEXTS[0], search=search, budget=24, **options)
             assert best.searches[0].calls > 12 and pixels(best.images[0]).shape == (32, 32, 3)
         assert loaded(TEXTS[0], budget=12, **options).rewards >= plain.rewards
+
+
+def test_sdxl_is_told_the_same_in_a_search_as_in_its_pipeline() -> None:
+    """Sizes, pooled and other texts, the unconditional branch first; at the first step, whose latents are equal too."""
+    loaded = StableDiffusionXLPipeline.from_pretrained(ROOT / "tiny-sdxl")
+    loaded.set_progress_bar_config(disable=True)
+    pipe, told = SearchPipeline.of(loaded), []  # type: SearchPipeline, list[list[torch.Tensor]]
+
+    def keep(module: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        added = options["added_cond_kwargs"]
+        told.append([args[0], options["encoder_hidden_states"], added["text_embeds"], added["time_ids"]])
+
+    handle = pipe.unet.register_forward_pre_hook(keep, with_kwargs=True)
+    for search in ("best-of-n", "beam:beams=1,children=1"):
+        told.append([])
+        options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 2.0, "height": 64, "width": 32}
+        pipe(TEXTS[0], reward=brightness, search=search, budget=4, **options)
+    handle.remove()
+    starts = [k for k, found in enumerate(told) if not found]
+    for one, other in zip(*(told[k + 1] for k in starts), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_students_own_steps_are_searched(stock: StableDiffusionPipeline) -> None:

@@ -31,7 +31,7 @@ from .data.rowtable import Rows, Stream
 from .data.scores import check_scorer, score_rows, within_gap
 from .data.source import Source, split_heldout
 from .errors import UserError, nearest
-from .families import Model, load_model, pick_device, pick_dtype
+from .families import Model, detect, load_model, pick_device, pick_dtype
 from .families.quantise import check_quantize
 from .methods import make_method
 from .methods.base import Method
@@ -118,9 +118,14 @@ def lora_config(model: Model, recipe: Recipe) -> LoraConfig | None:
 def load_base(recipe: Recipe, device: torch.device) -> tuple[Model, torch.dtype]:
     """The base model, its U-Net not yet on the device, and the dtype of the frozen U-Net.
 
-    Full copies are made from fp32 weights, before any rounding."""
+    Full copies are made from fp32 weights, before any rounding. Raises UserError for a model that is told its guidance:
+    it can be sampled, and is no base."""
     dtype = pick_dtype(recipe.model.dtype, device)
     copies = recipe.model.storage == "copies"
+    if detect(recipe.model)[0].unet.get("time_cond_proj_dim"):
+        raise UserError(
+            f"model '{recipe.model.path}' is guidance-distilled (time_cond_proj_dim); give the model it came from"
+        )
     return load_model(recipe.model, device, torch.float32 if copies else dtype, place=False), dtype
 
 

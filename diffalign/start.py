@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .families.lora import LoraWeights, find_lora, read_lora
+from .families.guidance import embedding_width
+from .families.lora import LoraWeights, find_lora, read_lora, told_width
 from .recipe import Recipe
 from .roles import Roles
 
@@ -29,6 +30,11 @@ def start_student(roles: Roles, recipe: Recipe) -> None:
     if lora.others or lora.dora:
         what = f"also changes {' and '.join(lora.others)}" if lora.others else "is a DoRA, which rescales the weights"
         raise UserError(f"model.start '{path}' {what}; a student starts from the LoRA of a U-Net alone")
+    width = told_width(lora.state)
+    if width and not embedding_width(roles.unet):
+        raise UserError(
+            f"model.start '{path}' is told its guidance by an embedding; set model.guidance_embedding={width}"
+        )
     if roles.lora is None:
         _add(roles, lora)
     else:

@@ -11,23 +11,26 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from diffalign import load_recipe, train
+from diffalign import load_recipe
 from diffalign.card import card
+from diffalign.data.batch import Cond
 from diffalign.errors import Note, UserError
 from diffalign.eval.prompts import Prompt
 from diffalign.facts import Facts, SamplingRecord, read_facts, recorded, student_record
 from diffalign.families import Model, load_model
-from diffalign.families.guidance import EMBEDDING, add_embedding, embedding_width, tell
+from diffalign.families.guidance import EMBEDDING, add_embedding, embedding_width, guidance_embedding, tell
 from diffalign.families.lora import find_lora, read_lora
 from diffalign.keyed import normal
 from diffalign.methods.consistency import Point
 from diffalign.pipelines.few_step import FewStepPipeline
 from diffalign.pipelines.sample import sample
+from diffalign.pipelines.searches.diffusion import DiffusionWorld
 from diffalign.pipelines.spec import SampleSpec, allowed_guidance
 from diffalign.recipe import LoraFile, ModelRecipe, Recipe
 from diffalign.roles import Roles
-from diffalign.run import Run
-from diffalign.setup import build_roles, lora_config, make_method_of
+from diffalign.run import Run, Session, train
+from diffalign.setup import build_roles, load_base, lora_config, make_method_of
+from diffalign.start import start_student
 from diffalign.students import check_students
 
 CPU = torch.device("cpu")
@@ -108,9 +111,23 @@ def test_it_is_told_the_guidance_of_its_target(tiny_model_folder: Path) -> None:
     assert roles.names == ("student",)
 
 
+FIRST: list[Cond] = []  # what the networks of the run were told, call by call
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two quick steps of a LoRA on the shipped tiny model."""
+
+    def watch(session: Session) -> None:
+        roles = session.trainer.roles
+        plain = roles.forward
+
+        def forward(unet: nn.Module, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            FIRST.append(cond)
+            return plain(unet, x, t, cond)
+
+        roles.forward = forward
+
     out = tmp_path_factory.mktemp("told")
     small = [
         "train.steps=2",
@@ -121,7 +138,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
         "model.lora.rank=4",
     ]
     small += ["validate.images=1", "validate.per_prompt=1", "output.trackers=[]", f"output.dir={out / 'run'}"]
-    return train(load_recipe("tiny/lcm-told", small), progress=False)
+    return train(load_recipe("tiny/lcm-told", small), progress=False, watch=watch)
 
 
 def test_stock_diffusers_samples_what_is_saved(run: Run, tmp_path: Path) -> None:
@@ -171,10 +188,30 @@ def test_what_is_written_down(run: Run, tiny_model_folder: Path) -> None:
         assert allowed_guidance(facts.sampling, 9.0) == 9.0
     assert student_record({}, [999], told=(4.0, 16.0)).guidance == 8.0
     assert read_lora(find_lora(str(run.model)), loaded(load_recipe("tiny/lcm")).unet).state, "its layer can be added"
+    whole = load_recipe("tiny/lcm", [f"model.path={run.dir / 'merged'}", "model.guidance_embedding=32"])
     with pytest.raises(UserError, match="is guidance-distilled"):
-        load_model(ModelRecipe(path=str(run.dir / "merged")), CPU, torch.float32)
+        load_base(whole, CPU)
+    kept = loaded(whole).unet  # to be exported
+    assert embedding_width(kept) == 64 and bool(kept.time_embedding.cond_proj.weight.any())
     plain = loaded(recipe_of(tiny_model_folder))
     assert not [name for name in plain.lora_targets("all") if "cond_proj" in name]
+
+
+def test_sheets_and_searches_tell_it_too(run: Run, tiny_model_folder: Path) -> None:
+    """The first sheet, drawn before any step, at the recorded guidance; and a search's calls, one row each."""
+    steps = FIRST[:2]
+    assert all(torch.equal(cond.added[EMBEDDING], guidance_embedding(torch.tensor([5.0]), 64)) for cond in steps)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model_folder)
+    add_embedding(pipe.unet, WIDTH)
+    with torch.no_grad():
+        pipe.unet.time_embedding.cond_proj.weight.normal_()
+        embeds = {"prompt_embeds": normal((1, 77, 16), "text"), "negative_prompt_embeds": normal((1, 77, 16), "none")}
+        options = {"size": (64, 64), "steps": 2, "guidance": 6.0, "eta": 1.0}
+        searched = DiffusionWorld(pipe, ["a"], [(0, "a")], embeds, lambda pictures, texts: [0.0], **options)
+        x, t = normal((1, 4, 8, 8), "x"), torch.tensor([500])
+        told = guidance_embedding(torch.tensor([6.0]), WIDTH)
+        expected = pipe.unet(x, t, embeds["prompt_embeds"], timestep_cond=told).sample
+        assert searched.price == 1 and torch.equal(searched.network(x, t, [0]), expected)
 
 
 def test_refusals(run: Run, tiny_model_folder: Path) -> None:
@@ -197,6 +234,9 @@ def test_refusals(run: Run, tiny_model_folder: Path) -> None:
     recipe.model.loras = [LoraFile(path=str(run.dir))]
     with pytest.raises(UserError, match="is no base to train on"):
         check_students(make_method_of(recipe), recipe, loaded(load_recipe("tiny/lcm")))
+    recipe = load_recipe("tiny/lcm", [f"model.start={find_lora(str(run.model))}", "model.storage=copies"])
+    with pytest.raises(UserError, match=r"set model\.guidance_embedding=64"):  # whatever is recorded
+        start_student(Roles(loaded(recipe).unet, lambda *args: args[1]), recipe)
     told = recipe_of(tiny_model_folder, *TOLD)
     model = loaded(told)
     check_students(make_method_of(told), told, model)

@@ -328,7 +328,8 @@ SHEET: dict[str, dict[str, Any]] = {
     # distillation sheet 9, whose guidance counts one less: the full script, and that of the LoRA
     "sd15/lcm": {**SHARED, "model.storage": "copies", "train.lr": 1e-6, "method.target_ema": 0.95}
     | {"method.guidance": [3.0 + 1, 15.0 + 1], "method.solver_steps": 1000 // 20, "data.caption_dropout": 0.0}
-    | {"method.loss": "huber", "method.timesteps": [999, 759, 499, 259], "data.resolution": 512},
+    | {"method.loss": "huber", "method.timesteps": [999, 759, 499, 259], "data.resolution": 512}
+    | {"model.guidance_embedding": 256, "method.tell_guidance": True},
     "sdxl/lcm": {**SHARED, "model.storage": "adapters", "model.lora.rank": 64, "train.lr": 1e-4}
     | {"method.guidance": [3.0 + 1, 15.0 + 1], "method.target_ema": 0.0, "data.caption_dropout": 0.0}
     | {"data.resolution": 1024, "method.timesteps": [999, 759, 499, 259]},
@@ -349,13 +350,29 @@ SHEET: dict[str, dict[str, Any]] = {
         | {"model.storage": "adapters", "model.lora.rank": 64, "model.lora.targets": "all", "data.resolution": side}
         for family, side in (("sd15", 512), ("sdxl", 1024))
     },
+    # 10.2: from the last stage; the unified LoRA at the times of trailing steps
+    **{
+        f"{family}/hypersd-feedback": {"method.segments": 1, "model.lora.rank": 64, "model.lora.targets": "all"}
+        | {"method.reward": "aes_v2,imagereward", "data.resolution": side}
+        for family, side in (("sd15", 512), ("sdxl", 1024))
+    },
+    **{
+        f"{family}/hypersd-dmd": {"method.timesteps": [999, 874, 749, 624, 499, 374, 249, 124]}
+        | {"model.lora.rank": 64, "model.lora.targets": "all", "data.resolution": side}
+        for family, side in (("sd15", 512), ("sdxl", 1024))
+    },
     # distillation sheet 11.1; rank and rate of the LoRA are ours
     **{
         f"{family}/scm": {"model.storage": storage, "train.lr": lr, "method.guidance": [4.0, 5.0]}
         | {"method.warmup": 4000, "train.max_grad_norm": 0.1, "method.normalise": 0.1, "method.time_std": 1.6}
         | {"method.timesteps": [999, 719]}
         | {"method.time_mean": round(0.2 - math.log(0.5), 3), "data.resolution": side}
-        for family, storage, lr, side in (("sd15", "copies", 1e-6, 512), ("sdxl", "adapters", 1e-5, 1024))
+        | {"method.gan_weight": gan, "method.tell_guidance": gan > 0, "method.gan_time_std": 1.0}
+        | {"method.gan_time_mean": round(-0.6 - math.log(0.5), 3)}
+        for family, storage, lr, side, gan in (
+            ("sd15", "copies", 1e-6, 512, 0.5),
+            ("sdxl", "adapters", 1e-5, 1024, 0.0),
+        )
     },
     # distillation sheet 20: no settings for pictures; those of 24.4 and 29.3, DMD2's guidance (3.4)
     **{

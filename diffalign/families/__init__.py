@@ -12,8 +12,8 @@ from ..recipe import ModelRecipe
 from .attention import compile_unet, set_attention
 from .base import Model
 from .device import pick_device, pick_dtype
-from .folder import ModelFolder, fetch, identify, open_folder, refuse_told
-from .guidance import add_embedding
+from .folder import ModelFolder, fetch, identify, open_folder
+from .guidance import add_embedding, embedding_width
 from .quantise import check_quantize, quantise_unet
 from .save import save_lora, save_merged
 from .vae import vae_dtype
@@ -59,13 +59,12 @@ def load_model(recipe: ModelRecipe, device: torch.device, dtype: torch.dtype, pl
     """
     check_quantize(recipe.quantize, recipe.storage)
     folder, family = detect(recipe)
-    refuse_told(folder)
     fetch(folder, recipe.revision)
     kind: type[Model] = import_module(f"{__name__}.{family}").FAMILY
     # LoRAs are added in fp32, so that a bf16 base is rounded once.
     model = kind.load(folder, torch.float32 if recipe.loras else dtype, device, dtype)
     model.long_prompts = recipe.long_prompts
-    if recipe.guidance_embedding:
+    if recipe.guidance_embedding and not embedding_width(model.unet):
         add_embedding(model.unet, recipe.guidance_embedding)
     set_attention(model.unet, recipe.attention, device)
     model.fuse_loras(recipe.loras)

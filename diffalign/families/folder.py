@@ -295,11 +295,3 @@ def identify(folder: ModelFolder) -> str:
     if unet.get("addition_embed_type") or unet.get("class_embed_type") or unet.get("encoder_hid_dim_type"):
         raise UserError(f"model '{source}' ({pipeline}) has a conditioning that no family here knows")
     return "sd2" if unet.get("use_linear_projection") else "sd1"
-
-
-def refuse_told(folder: ModelFolder) -> None:
-    """UserError for a model that is told its guidance: it can be sampled, and is no base to train on."""
-    if folder.unet.get("time_cond_proj_dim"):
-        raise UserError(
-            f"model '{folder.source}' is guidance-distilled (time_cond_proj_dim); give the model it came from"
-        )

@@ -185,7 +185,7 @@ def test_other_attention_makes_way_for_the_tangent(processor: type[AttnProcessor
     x, slope = torch.randn(4, 4, 8, 8), torch.randn(4, 4, 8, 8)
     angle = torch.tensor([0.3, 0.7, 1.0, 1.3], dtype=torch.float64)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", Note)
         plain = method.tangent(ctx, x, angle, ANGLES, slope, cond)
         unet.set_attn_processor(processor())
         with pytest.raises((NotImplementedError, UserError)):
@@ -283,9 +283,15 @@ def test_what_the_heads_are_shown() -> None:
         assert far == near and sum(far) == count, (share, far, near)
     ctx.phase = "critic"
     with torch.no_grad():
-        metrics = trainer.method.loss(ctx, batch, trainer.method.phases[1]).metrics
+        critic = trainer.method.loss(ctx, batch, trainer.method.phases[1])
         judged = trainer.method.judge(ctx, batch, ANGLES, real)  # type: ignore[attr-defined]
-    torch.testing.assert_close(metrics["gan_real"], judged.mean(1))
+        x, angle, t = trainer.method.point(ctx, batch, ANGLES)  # type: ignore[attr-defined]
+        v = trainer.method.velocity(ctx, "student", x, angle, t, cond)  # type: ignore[attr-defined]
+        made = trainer.method.made(ctx, batch, ANGLES, cond, x, angle, v)  # type: ignore[attr-defined]
+        fake = trainer.method.judge(ctx, batch, ANGLES, made)  # type: ignore[attr-defined]
+    torch.testing.assert_close(critic.metrics["gan_real"], judged.mean(1))
+    torch.testing.assert_close(critic.values, ((1 - judged).relu() + (1 + fake).relu()).mean(1))
+    assert float((judged - fake).abs().max()) > 1e-4
 
 
 def test_a_batch_of_the_gan_is_a_loop_of_singles() -> None:

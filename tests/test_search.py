@@ -24,6 +24,7 @@ from diffalign.eval.prompts import text_id
 from diffalign.eval.scorers import load_scorer
 from diffalign.facts import student_record
 from diffalign.keyed import normal
+from diffalign.pipelines.sample import step_noise
 from diffalign.pipelines.search import SearchPipeline
 
 ROOT = Path(str(resources.files("diffalign.assets")))
@@ -124,6 +125,7 @@ def test_best_of_n_draws_what_the_sampler_draws_each_time(
     scheduler = DDIMScheduler.from_config(stock.scheduler.config, clip_sample=False)
     for one in (pipe, stock):
         monkeypatch.setattr(one, "scheduler", scheduler)
+    settings: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0}
     drawn: dict[tuple[float, int], dict[str, list[np.ndarray]]] = {}
     for eta, batch in ((0.0, 8), (1.0, 1), (1.0, 8)):
         seen: dict[str, list[np.ndarray]] = {text: [] for text in TEXTS}
@@ -133,19 +135,16 @@ def test_best_of_n_draws_what_the_sampler_draws_each_time(
                 seen[prompt].append(pixels(picture))
             return brightness(pictures, prompts)
 
-        options: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0, "batch": batch}
-        pipe(TEXTS, reward=reward, search=f"best-of-n:eta={eta}", budget=6, **options)
+        pipe(TEXTS, reward=reward, search=f"best-of-n:eta={eta}", budget=6, batch=batch, **settings)
         drawn[eta, batch] = seen
     for text in TEXTS:
         latents = torch.stack([normal((4, 8, 8), 0, "sample", text_id(text), draw) for draw in range(3)])
-        plain = stock([text] * 3, latents=latents, num_inference_steps=2, guidance_scale=1.0).images
-        for found, expected in zip(drawn[0.0, 8][text], plain, strict=True):
-            assert np.abs(found - pixels(expected)).max() <= 1
-        noisy = drawn[1.0, 8][text]
-        for found, expected in zip(noisy, drawn[1.0, 1][text], strict=True):
-            assert np.abs(found - expected).max() <= 1
-        assert np.abs(noisy[0] - drawn[0.0, 8][text][0]).max() > 1
-        assert min(np.abs(noisy[a] - noisy[b]).max() for a, b in ((0, 1), (0, 2), (1, 2))) > 1
+        for eta, batch in drawn:
+            noise = [step_noise(0, text_id(text), draw) for draw in range(3)]
+            plain = stock([text] * 3, latents=latents, generator=noise, eta=eta, **settings).images
+            for found, expected in zip(drawn[eta, batch][text], plain, strict=True):
+                assert np.abs(found - pixels(expected)).max() <= 1
+        assert np.abs(drawn[1.0, 8][text][0] - drawn[0.0, 8][text][0]).max() > 1
 
 
 def test_a_beam_of_one_is_plain_ddim_with_noise(pipe: SearchPipeline, stock: StableDiffusionPipeline) -> None:

@@ -18,6 +18,7 @@ from diffalign.checkpoint import load_checkpoint
 from diffalign.errors import UserError
 from diffalign.methods import make_method
 from diffalign.methods.distillation.disback import DisBack
+from diffalign.publish import without_paths
 from diffalign.run import Run
 
 
@@ -122,6 +123,7 @@ def test_a_student_is_distilled_along_the_checkpoints(
     values |= {"output.dir": tmp_path / "run", "method.path": degraded, "method.every": 1, "method.critic_steps": 1}
     recipe = load_recipe("tiny/disback", [*small(values), "train.steps=3", "train.keep=9"])
     run = train(recipe, progress=False)
+    assert without_paths(recipe.dump())["method"]["path"] == "run", "what is published names no folder of this machine"
     assert (run.model / "scheduler").is_dir() and asked == ["path-2", "path-1", "base"]
     first, last = (load_checkpoint(folder)[0]["roles"] for folder in (run.checkpoints[0], run.checkpoints[-1]))
     assert set(first) == {"student", "fake", "path-1", "path-2"}

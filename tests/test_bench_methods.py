@@ -209,7 +209,9 @@ def judged(seed: int, right: list[float], shapes: float = 0.99, diversity: float
     return facts | {"judged": inner}
 
 
-def filled(gain: float, control: float = 0.0, **guards: float) -> Row:
+def filled(
+    gain: float, control: float = 0.0, group: str = "preference", trained_on: tuple[str, ...] = (), **guards: float
+) -> Row:
     """200 prompts, 3 seeds; the base has the first 100 right, the method ``gain`` more (or fewer) by shares."""
 
     def right(share: float, shift: int) -> list[float]:
@@ -221,7 +223,7 @@ def filled(gain: float, control: float = 0.0, **guards: float) -> Row:
     results = [judged(seed, right(gain, seed), **guards) for seed in (0, 1, 2)]
     controls = [judged(seed, right(control, seed + 3)) for seed in (0, 1, 2)]
     base = judged(0, [1.0] * 100 + [0.0] * 100)
-    return fill(Row("x", "method", "preference"), results, base, controls)
+    return fill(Row("x", "method", group, trained_on=trained_on), results, base, controls)
 
 
 def test_the_verdict_is_the_rule() -> None:
@@ -238,6 +240,18 @@ def test_the_verdict_is_the_rule() -> None:
     costly = filled(0.2, shapes=0.9, diversity=0.31)
     assert (costly.verdict, costly.why) == ("learning, at a cost", "shapes -0.090, diversity -0.040")
     assert filled(0.2, diversity=0.33, shapes=1.0).verdict == "learning"
+
+
+def test_an_online_method_is_compared_with_the_base_alone() -> None:
+    """It has no labels that could be shuffled, unless its data are of pairs."""
+    assert filled(0.1, control=0.2, group="online").verdict == "learning"
+    assert filled(0.1, control=0.2, group="online", trained_on=("tiny-pickscore",)).verdict == "not learning"
+    assert filled(0.01, group="online").verdict == "not learning"
+    assert filled(0.2, group="online", diversity=0.31).verdict == "learning, at a cost"
+    assert filled(0.2, group="distillation").verdict == ""
+    good = Estimate(0.05, 0.02, 0.08)
+    assert decide([0.04, 0.05, 0.06], good, None, 0, 0, controls=0, labels=False) == ("learning", "")
+    assert decide([0.04], good, None, 0, 0, labels=False) == ("open", "1 of 3 seeds")
 
 
 def test_the_rule_part_by_part() -> None:

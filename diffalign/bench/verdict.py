@@ -86,12 +86,16 @@ def decide(
     diversity: float,
     prompts: int = PROMPTS_ASKED,
     controls: int = SEEDS_ASKED,
+    labels: bool = True,
 ) -> tuple[Word, str]:
-    """(verdict, reason) of a preference method.
+    """(verdict, reason) of a preference or online method.
 
     Learning: every seed gains, and the pooled interval lies above the base and above shuffled labels. At a cost: it
     learns, and shapes or diversity of single objects fell by more than 0.03. Open: too few seeds or prompts, or too few
-    seeds of the control (``controls``) to compare with, so that the rule cannot be put."""
+    seeds of the control (``controls``) to compare with, so that the rule cannot be put. Without ``labels`` to shuffle,
+    as where a scorer judges the model's own samples, the base alone is compared with."""
+    if not labels:
+        over_shuffled, controls = None, SEEDS_ASKED
     against: list[str] = []
     if min(gains) <= 0:
         against.append(f"{sum(g <= 0 for g in gains)} of {len(gains)} seeds do not gain")
@@ -102,7 +106,7 @@ def decide(
         against.append(holds)
     if against:
         return "not learning", "; ".join(against)
-    if over_shuffled is None:
+    if labels and over_shuffled is None:
         return "open", "shuffled labels were not run"
     found = ((len(gains), SEEDS_ASKED, "seeds"), (controls, SEEDS_ASKED, "seeds with shuffled labels beside them"))
     for count, asked, what in (*found, (prompts, PROMPTS_ASKED, "prompts")):
@@ -157,13 +161,14 @@ def fill(
     assert row.gain is not None
     if row.kind == "control":
         row.verdict = "control"
-    elif row.group == "preference":
+    elif row.group in ("preference", "online"):
         gains = [estimate.value for estimate in row.by_seed]
+        labels = row.group == "preference" or bool(row.trained_on)  # Diffusion-DRO takes pairs' chosen pictures
         row.verdict, row.why = decide(
-            gains, row.gain, row.over_shuffled, row.shapes, row.diversity, len(right), len(both)
+            gains, row.gain, row.over_shuffled, row.shapes, row.diversity, len(right), len(both), labels
         )
     else:
-        row.why = "the rule is for preference methods"
+        row.why = "the rule is for preference and online methods"
     if row.failed:
         row.why = "; ".join([row.why, *(f"seed {seed} failed: {why}" for seed, why in row.failed.items())]).lstrip("; ")
     return row

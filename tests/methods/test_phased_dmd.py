@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from gauss import DENOISER, World
+from gauss import DENOISER, Net, Student, World, level
 from pydantic import ValidationError
 from tiny import SD_SCHEDULE
+from torch import Tensor
 from toys import make, normal
 from world import batch_of, make_trainer, warm
 
@@ -186,6 +187,48 @@ def test_each_phase_reaches_the_teachers_law() -> None:
         world.student.b.copy_(torch.tensor([1.0, 1.0]))
     means, stds = world.descend(150, lr=1.5).reached()
     assert means == pytest.approx([1.5, 1.5], abs=0.03) and stds == pytest.approx([0.7, 0.7], abs=0.03)
+
+
+class Landed(Net):
+    """The exact score of what a student of two phases of a step each lands at by DDIM, told which of them it is."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.source = (student,)
+
+    @torch.no_grad()
+    def laws(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Mean and variance at the end of the first phase, and of x0."""
+        (student,) = self.source
+        (alpha, sigma), (to_a, to_s) = (tuple(float(c) for c in level(t)) for t in student.times)
+        a, b = float(student.a[0]), float(student.b[0])
+        slope, shift = to_a * a + to_s * (1 - alpha * a) / sigma, (to_a - to_s * alpha / sigma) * b
+        means, variances = student.moments()
+        return (shift, slope**2), (float(means[1]), float(variances[1]))
+
+    def x0(self, x: Tensor, t: Tensor, flag: Tensor, step: Tensor) -> Tensor:
+        (student,) = self.source
+        alpha, sigma = level(t)
+        end = torch.where(step.argmax(1) == 0, student.times[1], -1)
+        ratio, beta = further_noise(DENOISER, t, end)
+        mean, var = (torch.tensor(law)[step.argmax(1)].reshape(-1, 1, 1, 1) for law in zip(*self.laws(), strict=True))
+        eps = sigma * (x - ratio * mean) / (ratio**2 * var + beta**2)
+        return (x - sigma * eps) / alpha
+
+
+def test_by_ddim_a_phase_ends_on_the_teachers_marginal() -> None:
+    """Where x_s is no x0 under new noise: alpha m and (alpha s)^2 + sigma^2 at 99, and the teacher's law at last."""
+    method = phased(timesteps=[999, 99], rollout="ddim", normalise="none")
+    world = World(method, init="teacher", rows=4)
+    world.fake = Landed(world.student)
+    world.roles.networks["fake"], world.roles._parameters["fake"] = world.fake, {}
+    with torch.no_grad():
+        world.student.b.copy_(torch.tensor([1.0, 0.2]))
+    (mean, var), (last, spread) = world.descend(150, lr=0.4).fake.laws()
+    alpha, sigma = (float(c) for c in level(99))
+    assert mean == pytest.approx(1.5 * alpha, abs=0.03)
+    assert var == pytest.approx((alpha * 0.7) ** 2 + sigma**2, abs=0.03)
+    assert last == pytest.approx(1.5, abs=0.03) and spread**0.5 == pytest.approx(0.7, abs=0.03)
 
 
 def test_the_fake_score_rests_where_it_knows_the_students_law() -> None:

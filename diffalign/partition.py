@@ -122,10 +122,11 @@ def by_words(words: Mapping[str, Any]) -> Partition:
 
     Raises UserError where it is none."""
     try:
+        if not all(found is None or isinstance(found, list) for found in words.values()):
+            raise UserError("these parts are no partition: each part needs a list of words")
         return Partition(words={str(name): [str(w) for w in found or []] for name, found in words.items()})
-    except (ValidationError, TypeError) as error:
-        reason = _reason(error) if isinstance(error, ValidationError) else "each part needs a list of words"
-        raise UserError(f"these parts are no partition: {reason}") from None
+    except ValidationError as error:
+        raise UserError(f"these parts are no partition: {_reason(error)}") from None
 
 
 def by_clusters(features: Tensor, count: int, rounds: int = 100) -> Partition:

@@ -15,8 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_few_step import student
 from tiny import SD_SCHEDULE
+from typer.testing import CliRunner
 
 import diffalign as library
+from diffalign.cli import app
 from diffalign.errors import UserError
 from diffalign.eval.prompts import read_prompts
 from diffalign.facts import student_record
@@ -135,8 +137,31 @@ def test_what_is_no_partition_is_refused(tmp_path: Path) -> None:
         read_partition(tmp_path)
     with pytest.raises(UserError, match="are no partition"):
         by_words({"a": ["x"]})
-    with pytest.raises(UserError, match="each part needs a list"):
-        by_words({"a": 3, "b": []})
+    for wrong in (3, "red", {"red": 1}):
+        with pytest.raises(UserError, match="each part needs a list"):
+            by_words({"a": wrong, "b": []})
+
+
+def test_the_command_parts_prompts(tmp_path: Path, tiny_model_folder: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (tmp_path / "parts.yaml").write_text("red: [red, dark red]\nround: [circle]\nrest:\n")
+    base = ["pairs", "split", str(tmp_path / "prompts.txt"), str(tmp_path / "parts"), "--json"]
+    found = CliRunner().invoke(app, [*base, "--words", str(tmp_path / "parts.yaml")])
+    assert found.exit_code == 0, found.output
+    rows = json.loads(found.stdout)
+    assert {row["part"]: row["prompts"] for row in rows} == {name: PARTS.count(name) for name in TIMES}
+    assert read_partition(tmp_path / "parts")[0] == by_words(WORDS) and Path(rows[0]["file"]).is_file()
+    found = CliRunner().invoke(app, [*base, "--clusters", "2", "--model", str(tiny_model_folder)])
+    assert found.exit_code == 0 and sum(row["prompts"] for row in json.loads(found.stdout)) == 5
+    for options, reason in (
+        ([], "say how to part"),
+        (["--clusters", "2", "--words", "x.yaml"], "say how to part"),
+        (["--clusters", "2"], "needs --model"),
+        (["--words", str(tmp_path / "prompts.txt")], "is no YAML file"),
+        (["--words", str(tmp_path / "absent.yaml")], "is no YAML file"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            CliRunner().invoke(app, [*base, *options], catch_exceptions=False)
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------

@@ -129,6 +129,8 @@ def pairs_split(
         raise UserError("--clusters needs --model, whose text encoder reads the prompts")
     features = None
     if words is not None:
+        if words.suffix not in {".yaml", ".yml"} or not words.is_file():
+            raise UserError(f"--words {words} is no YAML file; write one of part: [words], and one part without words")
         found: Any = OmegaConf.to_container(read_yaml(str(words)))
         partition = by_words(found)
     else:

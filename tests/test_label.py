@@ -234,6 +234,10 @@ def test_each_labellers_own_rows_and_agreement(tmp_path: Path, candidates: list[
     (row,) = lines_of(tmp_path / "metadata.jsonl")
     assert Path(row["chosen"]).stem == other and row["votes"] == [2, 1, 0]
     assert [kappa[:4] for kappa in state.kappas] == [("ann", "cy", 1, 0.0), ("bob", "cy", 1, 1.0)]
+    session.undo(pair.id)  # his own vote alone
+    assert {row["user"] for row in lines_of(tmp_path / "labellers.jsonl")} == {"ann", "bob"}
+    assert lines_of(tmp_path / "votes.jsonl")[-1]["labeller"] == "cy"
+    assert Summary.of(VoteFile(tmp_path)).ties == 1
 
 
 def test_two_tabs_cannot_vote_twice(tmp_path: Path, candidates: list[Pair]) -> None:

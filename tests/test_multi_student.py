@@ -67,6 +67,7 @@ def noises(count: int) -> list[torch.Generator]:
 
 def test_words_part_every_prompt_by_the_first_part_that_has_one() -> None:
     assert by_words(WORDS).part_of(PROMPTS) == PARTS
+    assert by_words(WORDS).part_of(["a coloured square", "reddish", "dark-red"]) == ["rest", "rest", "red"]
     assert by_words({"all": None}).part_of(PROMPTS) == ["all"] * 5
     assert by_words({"rest": [], "red": ["red"]}).part_of(["red", "blue"]) == ["red", "rest"]
 

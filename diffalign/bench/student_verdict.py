@@ -21,7 +21,7 @@ SINGLES_ASKED = 24  # prompts
 NEAR = 1e-9  # equal to a bar is enough, whatever the last digit says
 ALIGNED_FROM = {"pso": "dmd2"}  # a row that aligns a student, and the row whose student of the same seed that is
 # students whose earlier calls end a piece of a path and not a picture: the bars are for all their steps alone
-WHOLE = ("tdm", "phased_dmd")
+WHOLE = ("tdm", "phased_dmd", "pcm", "tscd")
 UNJUDGED = {"distillation_dpo": "it aligns while it distils: there is no student from which it starts, to gain over"}
 Found = Mapping[str, Any]  # a job's result
 

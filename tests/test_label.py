@@ -132,6 +132,15 @@ def test_pairs_and_lists_and_parquet(tmp_path: Path, candidates: list[Pair]) -> 
     assert {row.chosen.digest for row in rows} <= {ref.digest for pair in picked for ref in pair.pictures}
 
 
+def test_equal_pictures_are_no_pair_and_other_pairs_votes_do_not_count(tmp_path: Path, candidates: list[Pair]) -> None:
+    source = write_pairs(tmp_path / "source", 3)
+    (source / "1-b.png").write_bytes((source / "1-a.png").read_bytes())
+    assert len(pairs_of(source)) == len(pairs_of(source, duplicates="keep")) == 2
+    vote_all(Session(tmp_path / "out", candidates, "ann"), ["left", "skip", "tie"])
+    state = Session(tmp_path / "out", candidates[1:3], "ann").state()  # the source has less by now
+    assert (state.done, state.total, state.skipped, state.last) == (2, 2, 1, candidates[2].id)
+
+
 def test_nothing_to_choose_from(tmp_path: Path) -> None:
     one = write_samples(tmp_path / "one", prompts=2, each=1)
     with pytest.raises(UserError, match=r"no prompt in .* has two different pictures; draw more"):

@@ -239,6 +239,16 @@ def test_a_walk_is_the_same_again_and_alone() -> None:
     assert torch.equal(again_out.mean, first[0].mean), "a recorded step is replayed from its input"
 
 
+def test_no_noise_of_a_walk_has_two_uses() -> None:
+    """The first noise and each step's, of each member of each prompt: all of their own."""
+    ctx, batch = world()
+    walk = Walk(ctx, batch, many(4, guidance=1.0), members=2)
+    drawn = [walk.x, *((taken.x_s - taken.mean) / taken.std for taken in walked(walk))]
+    table = torch.corrcoef(torch.cat(drawn).flatten(1))  # the last step's std is small, and so its noise is rounded
+    assert table.shape == (30, 30)
+    assert float((table - torch.eye(30)).abs().max()) < 0.3
+
+
 def test_forks_share_their_past_and_one_call() -> None:
     ctx, batch = world()
     policy, calls = many(6), []

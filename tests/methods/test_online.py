@@ -408,6 +408,23 @@ def test_scorers_are_summed_by_weight_and_a_picture_is_decoded_once() -> None:
     torch.testing.assert_close(weighted.total(scores), 2 * scores[:, 0] - scores[:, 1])  # type: ignore[attr-defined]
 
 
+def test_the_better_picture_is_the_preferred_one_at_every_step() -> None:
+    """Of each two of three samples; either side is one trajectory that ends on its picture."""
+    trainer = trainer_of("d3po", steps=2, spacing="trailing", share=1.0, members=3)
+    found = items_of(trainer)
+    assert len(found) == 4 * 3 * 2 and float(found.weight.min()) == 1
+    early, late = ([i for i, name in enumerate(found.ids) if name.endswith(f"@{k}")] for k in (0, 1))
+    pairs = [[found.ids[i].partition("@")[0] for i in items] for items in (early, late)]
+    assert pairs[0] == pairs[1] and len(set(pairs[0])) == 12
+    for side in ("won", "lost"):
+        assert torch.equal(found.latents[f"x_s_{side}"][early], found.latents[f"x_t_{side}"][late])
+    decode = trainer.ctx.decoder
+    assert decode is not None
+    with torch.no_grad():
+        won, lost = (bright(decode(found.latents[f"x_s_{side}"][late]), []) for side in ("won", "lost"))
+    assert bool((won > lost).all())
+
+
 def test_a_negative_weight_turns_a_verdict() -> None:
     found, turned = (trainer_of("d3po", reward_weights=[weight]) for weight in (1.0, -1.0))
     one, other = (items_of(trainer) for trainer in (found, turned))

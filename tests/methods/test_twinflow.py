@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from tiny import SD_SCHEDULE
 from torch import Tensor
 from toys import KINDS, make, normal
-from world import batch_of, make_trainer, warm
+from world import batch_of, make_trainer, stirred, warm
 
 from diffalign.data.batch import Cond
 from diffalign.methods import make_method
@@ -203,6 +203,50 @@ def test_guidance_is_added_to_the_target() -> None:
                 cond, uncond = (method.tell(ctx, c, torch.ones(4), torch.zeros(4)) for c in (cond, uncond))
             said = [to_flow(ctx.denoiser, ctx.model(role, latents, t, c), latents, t) for c in (cond, uncond)]
         torch.testing.assert_close(found, 2 * (said[0] - said[1]), rtol=1e-2, atol=1e-3)
+
+
+def parts(trainer: Any, count: int) -> tuple[Any, ...]:
+    """What a loss is made of: the plan, the points, their times, noise - x0 and the text."""
+    method, ctx = trainer.method, trainer.ctx
+    ctx.phase = "student"
+    batch, levels = batch_of(trainer, range(count)), Levels.of(ctx.denoiser)
+    plan, noise, x0 = method.plan(ctx, batch, levels), ctx.draw(batch)[1], batch.latents["image"]
+    t = torch.tensor([levels.at(k) for k in plan.t], dtype=torch.float32)[:, None, None, None]
+    return batch, plan, t * noise + (1 - t) * x0, t, noise - x0, batch.condition("image")
+
+
+def test_the_loss_has_the_guided_target() -> None:
+    trainer = warm(make_trainer(twinflow(**{**PLAIN, "guidance": 3.0, "shares": ONE["flow"]}), lr=0.05), 2)
+    method, ctx = trainer.method, trainer.ctx
+    batch, plan, x, _, target, cond = parts(trainer, 4)
+    with torch.no_grad():
+        loss = method.loss(ctx, batch, method.phases[0]).values
+        said = method.velocity(ctx, "student", x, plan.t, plan.r, cond)
+        error = (said - target - method.guided(ctx, x, plan.t, cond)).square().mean((1, 2, 3))
+    torch.testing.assert_close(loss, 4.07768 * error, rtol=1e-3, atol=1e-4)
+
+
+def test_the_gradient_of_the_rectification_is_the_difference() -> None:
+    """Twice the difference over C h w, at the velocity of the jump; the difference is taken at what the jump makes."""
+    found = []
+    for weight in (1.0, 0.0):
+        method = twinflow(**{**PLAIN, "rectify": weight, "shares": ONE["end"]})
+        trainer = stirred(make_trainer(method))
+        torch.nn.init.normal_(trainer.roles.modules["told"].last.weight, generator=torch.manual_seed(0))
+        batch, plan, x, t, _, cond = parts(trainer, 4)
+        parameters = trainer.roles.parameters("student")
+        trainer.roles.train_only(("student",))
+        loss = method.loss(trainer.ctx, batch, method.phases[0]).values.sum()
+        found.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+    said = method.velocity(trainer.ctx, "student", x, plan.t, plan.r, cond)
+    difference = method.difference(trainer.ctx, batch, range(4), (x - t * said).detach(), cond)
+    wanted = torch.autograd.grad((2 * difference * said).mean((1, 2, 3)).sum(), parameters, allow_unused=True)
+    gained = [a - b for a, b in zip(*found, strict=True) if a is not None]
+    expected = [g for g in wanted if g is not None]
+    largest = max(float(g.abs().max()) for g in expected)
+    assert largest > 1e-3 and len(gained) == len(expected)
+    for mine, theirs in zip(gained, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02 * largest)
 
 
 # ---- Gaussian worlds -------------------------------------------------------------------------------------------------

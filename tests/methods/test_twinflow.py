@@ -219,11 +219,18 @@ def test_the_loss_has_the_guided_target() -> None:
     trainer = warm(make_trainer(twinflow(**{**PLAIN, "guidance": 3.0, "shares": ONE["flow"]}), lr=0.05), 2)
     method, ctx = trainer.method, trainer.ctx
     batch, plan, x, _, target, cond = parts(trainer, 4)
+    trainer.roles.train_only(("student",))
+    parameters = trainer.roles.parameters("student")
+    loss = method.loss(ctx, batch, method.phases[0]).values
+    said = method.velocity(ctx, "student", x, plan.t, plan.r, cond)
     with torch.no_grad():
-        loss = method.loss(ctx, batch, method.phases[0]).values
-        said = method.velocity(ctx, "student", x, plan.t, plan.r, cond)
-        error = (said - target - method.guided(ctx, x, plan.t, cond)).square().mean((1, 2, 3))
-    torch.testing.assert_close(loss, 4.07768 * error, rtol=1e-3, atol=1e-4)
+        wanted = target + method.guided(ctx, x, plan.t, cond)
+    plain = 4.07768 * (said - wanted).square().mean((1, 2, 3))
+    torch.testing.assert_close(loss, plain, rtol=1e-3, atol=1e-4)
+    found, expected = (torch.autograd.grad(v.sum(), parameters, allow_unused=True) for v in (loss, plain))
+    for mine, theirs in zip(found, expected, strict=True):
+        if theirs is not None:
+            torch.testing.assert_close(mine, theirs, rtol=0.02, atol=0.02 * float(theirs.abs().max()))
 
 
 def test_the_gradient_of_the_rectification_is_the_difference() -> None:

@@ -222,7 +222,7 @@ class CudaLike(TorchFunctionMode):
 
 
 class _Middle(np.random.Generator):
-    """Draws of which whole numbers lie at ``share`` of their range: what is expected, in place of some chance."""
+    """Draws of which numbers of a range lie at ``share`` of it: what is expected, in place of some chance."""
 
     def __init__(self, share: float) -> None:
         super().__init__(np.random.PCG64(0))
@@ -234,6 +234,9 @@ class _Middle(np.random.Generator):
         first, last = (0, low) if high is None else (low, high)
         value = int(first + self.share * (last - first))
         return value if size is None else np.full(size, value)
+
+    def random(self, size: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return self.share if size is None else np.full(size, self.share)
 
 
 class _Context(Context):

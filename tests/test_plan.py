@@ -333,7 +333,7 @@ def count_calls(trainer: Trainer, visits: int) -> dict[str, float]:
 )
 def test_planned_calls_are_those_that_are_made(method: Method[Any]) -> None:
     trainer = make_trainer(method)
-    made = count_calls(trainer, 6)
+    made = count_calls(trainer, 40 if type(method).__name__ == "TwinFlow" else 6)  # its samples draw what they learn
     trained = [role for role in method.roles if role in ("student", "target")]
     roles = roles_of("tiny", False, False, method.needs.reference, "meta", trained)
     for name, module in trainer.roles.modules.items():

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
-from pydantic import ConfigDict
+from pydantic import AfterValidator, ConfigDict, Field
 from torch import Tensor, nn
 
 from ..recipe import Section
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 
 Stats = dict[str, Tensor]
 Columns = dict[str, Tensor]
+
+
+def _fall(times: tuple[int, ...]) -> tuple[int, ...]:
+    if any(a <= b for a, b in pairwise(times)):
+        raise ValueError(f"the student's times must fall, such as [999, 749, 499, 249], not {list(times)}")
+    return times
+
+
+Time = Annotated[int, Field(ge=0)]  # an index of the schedule
+Times = Annotated[tuple[Time, ...], AfterValidator(_fall)]  # what a few-step student is asked at
 
 
 class MethodConfig(Section):

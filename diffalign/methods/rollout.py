@@ -9,25 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ..denoiser import Denoiser, Step
 from ..errors import UserError
 from ..facts import SamplingRecord, student_record
 from ..rollouts import FLOWS, Policy, Walk, few_steps, many_steps, whole_picture
-from .base import Method, MethodConfig, Needs, Phase
+from .base import Method, MethodConfig, Needs, Phase, Times
 
 if TYPE_CHECKING:
     from ..context import Context
     from ..data.batch import Batch
 
-Time = Annotated[int, Field(ge=0)]
 DOMINANT = 0.5  # of the steps' weights; one that has more is told of
 AT_ONCE = 8  # pictures that are decoded and scored together
 
@@ -36,7 +34,7 @@ class SamplerConfig(MethodConfig):
     """How samples are made, and spread over updates."""
 
     steps: int = Field(20, ge=1, description="steps of the many-step sampler")
-    timesteps: tuple[Time, ...] = Field((), description="times of a few-step student, falling, in place of steps")
+    timesteps: Times = Field((), description="times of a few-step student, falling, in place of steps")
     sampler: Literal["ddim", "renoise", "flow", "dance", "cps"] = Field(
         "ddim", description="DDIM with eta, x0 and new noise (LCM, DMD2), or of flow models an SDE of level eta, or CPS"
     )
@@ -48,13 +46,6 @@ class SamplerConfig(MethodConfig):
     skip_last: bool = Field(False, description="leave the last step out of training")
     updates: int = Field(1, ge=1, description="optimiser steps for one pass over a round's samples")
     epochs: int = Field(1, ge=1, description="passes over a round's samples")
-
-    @field_validator("timesteps")
-    @classmethod
-    def _fall(cls, times: tuple[int, ...]) -> tuple[int, ...]:
-        if any(a <= b for a, b in pairwise(times)):
-            raise ValueError(f"the student's times must fall, such as [999, 749, 499, 249], not {list(times)}")
-        return times
 
 
 class RolloutConfig(SamplerConfig):

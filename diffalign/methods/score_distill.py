@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Generic, Literal, TypeVar
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Cond
 from ..facts import SamplingRecord, student_record
-from .base import Loss, Method, MethodConfig, Needs, Phase, on_device
+from .base import Loss, Method, MethodConfig, Needs, Phase, Times, on_device
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from ..data.batch import Batch
     from ..families.base import Model
 
-Time = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Window = Sequence[tuple[int, int]]  # first and last time of each sample
 
@@ -34,7 +32,7 @@ Window = Sequence[tuple[int, int]]  # first and last time of each sample
 class DistillConfig(MethodConfig):
     """Settings that every score distillation has."""
 
-    timesteps: tuple[Time, ...] = Field(
+    timesteps: Times = Field(
         (999,), min_length=1, description="the student's times, falling: what it is trained for and sampled at"
     )
     rollout: Literal["renoise", "ddim", "data"] = Field(
@@ -64,13 +62,6 @@ class DistillConfig(MethodConfig):
     step_fake: bool = Field(
         False, description="tell the fake score which step made a sample, by a learned vector added to its text"
     )
-
-    @field_validator("timesteps")
-    @classmethod
-    def _fall(cls, times: tuple[int, ...]) -> tuple[int, ...]:
-        if any(a <= b for a, b in pairwise(times)):
-            raise ValueError(f"the student's times must fall, such as [999, 749, 499, 249], not {list(times)}")
-        return times
 
     @field_validator("time_range", "critic_range")
     @classmethod

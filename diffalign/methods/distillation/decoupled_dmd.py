@@ -8,8 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..adversarial import Adversarial, GanConfig
-from ..base import Paper
-from ..score_distill import Sample, Time, Window, gap
+from ..base import Paper, Times
+from ..score_distill import Sample, Window, gap
 
 if TYPE_CHECKING:
     from ...context import Context
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class DecoupledDMDConfig(GanConfig):
     """DMD2's settings and the schedule of either term."""
 
-    timesteps: tuple[Time, ...] = Field((999, 749, 499, 249), min_length=1, description="the student's times, falling")
+    timesteps: Times = Field((999, 749, 499, 249), min_length=1, description="the student's times, falling")
     guidance: float = Field(8.0, ge=0, description="guidance w of the teacher; its augmentation counts (w - 1) times")
     schedule: Literal["hybrid", "decoupled", "constrained", "coupled"] = Field(
         "hybrid",

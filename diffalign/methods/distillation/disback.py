@@ -13,8 +13,8 @@ from ...checkpoint import checkpoint_dirs, load_checkpoint
 from ...errors import UserError
 from ...recipe import load_recipe
 from ..adversarial import Adversarial
-from ..base import Loss, Paper, Phase
-from ..score_distill import Sample, Time
+from ..base import Loss, Paper, Phase, Times
+from ..score_distill import Sample
 from .dmd2 import DMD2Config
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ STUDENT = "student"
 class DisBackConfig(DMD2Config):
     """DMD2's settings in one step, and the path."""
 
-    timesteps: tuple[Time, ...] = Field((999,), min_length=1, description="the student's times, falling")
+    timesteps: Times = Field((999,), min_length=1, description="the student's times, falling")
     stage: Literal["distill", "degrade"] = Field(
         "distill",
         description="degrade trains the teacher on what the first student makes, and its checkpoints are the path; "

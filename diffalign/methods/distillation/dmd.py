@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ...data.teacher import teacher_noise
 from ...errors import UserError
 from ...perceptual import Lpips, load_lpips
-from ..base import Loss, Paper
-from ..score_distill import DistillConfig, Sample, ScoreDistill, Time
+from ..base import Loss, Paper, Times
+from ..score_distill import DistillConfig, Sample, ScoreDistill
 
 if TYPE_CHECKING:
     from ...context import Context
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class DMDConfig(DistillConfig):
     """One step, both phases in turn."""
 
-    timesteps: tuple[Time, ...] = Field(
+    timesteps: Times = Field(
         (999,), min_length=1, max_length=1, description="the time that the student's one step is told"
     )
     critic_steps: int = Field(1, ge=1, description="updates of the fake score for one of the student")

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pydantic import Field
 
 from ..adversarial import Adversarial, GanConfig
-from ..base import Paper
-from ..score_distill import Time
+from ..base import Paper, Times
 
 
 class DMD2Config(GanConfig):
     """The authors' four SDXL steps; their one step of SD1.5: times [999], guidance 1.75, ten critic updates."""
 
-    timesteps: tuple[Time, ...] = Field((999, 749, 499, 249), min_length=1, description="the student's times, falling")
+    timesteps: Times = Field((999, 749, 499, 249), min_length=1, description="the student's times, falling")
     guidance: float = Field(8.0, ge=0, description="the teacher's guidance: u + w (c - u); 1 is conditional only")
 
 

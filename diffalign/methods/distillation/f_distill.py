@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ..adversarial import Adversarial, GanConfig
-from ..base import Loss, Paper, Stats
-from ..score_distill import Sample, ScoreDistill, Share, Time, dm_direction, gap
+from ..base import Loss, Paper, Stats, Times
+from ..score_distill import Sample, ScoreDistill, Share, dm_direction, gap
 
 if TYPE_CHECKING:
     from ...context import Context
@@ -47,7 +47,7 @@ def f_weight(divergence: str, rho: Tensor) -> Tensor:
 class FDistillConfig(GanConfig):
     """DMD2's settings with the GAN, which is a part of this method, and the divergence."""
 
-    timesteps: tuple[Time, ...] = Field((999, 749, 499, 249), min_length=1, description="the student's times, falling")
+    timesteps: Times = Field((999, 749, 499, 249), min_length=1, description="the student's times, falling")
     guidance: float = Field(8.0, ge=0, description="the teacher's guidance: u + w (c - u); 1 is conditional only")
     divergence: Divergence = Field("js", description="f; rkl is DMD2")
     gan_weight: float = Field(5e-3, ge=0, description="weight of the student's GAN loss; the head learns even at 0")

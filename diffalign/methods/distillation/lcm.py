@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from ...data.batch import Cond
 from ...facts import SamplingRecord, student_record
 from ...families.guidance import require_embedding, tell
-from ..base import Paper
+from ..base import Paper, Times
 from ..consistency import Consistency, ConsistencyConfig, Point
-from ..score_distill import Time
 
 if TYPE_CHECKING:
     from ...context import Context
@@ -36,7 +34,7 @@ def boundary(t: Tensor) -> tuple[Tensor, Tensor]:
 class LCMConfig(ConsistencyConfig):
     """The authors' settings, for which the LoRA's student gives its own targets."""
 
-    timesteps: tuple[Time, ...] = Field(
+    timesteps: Times = Field(
         (999, 759, 499, 259), min_length=1, description="the times that the student is sampled at, falling"
     )
     tell_guidance: bool = Field(
@@ -44,13 +42,6 @@ class LCMConfig(ConsistencyConfig):
         description="tell the student the guidance of each sample by its guidance embedding, which "
         "model.guidance_embedding adds, so that sampling chooses it; false: what all of them give is built in",
     )
-
-    @field_validator("timesteps")
-    @classmethod
-    def _fall(cls, times: tuple[int, ...]) -> tuple[int, ...]:
-        if any(a <= b for a, b in pairwise(times)):
-            raise ValueError(f"the student's times must fall, such as [999, 759, 499, 259], not {list(times)}")
-        return times
 
 
 class LCM(Consistency[LCMConfig]):

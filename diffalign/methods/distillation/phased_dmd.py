@@ -10,12 +10,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...errors import UserError
-from ..base import Loss, Paper, on_device
+from ..base import Loss, Paper, Times, on_device
 from ..score_distill import (
     DistillConfig,
     Sample,
     ScoreDistill,
-    Time,
     Window,
     dm_direction,
     gap,
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 class PhasedDMDConfig(DistillConfig):
     """Four steps in two phases, five updates of the fake score for one of the student."""
 
-    timesteps: tuple[Time, ...] = Field((999, 749, 499, 249), min_length=1, description="the student's times, falling")
+    timesteps: Times = Field((999, 749, 499, 249), min_length=1, description="the student's times, falling")
     phases: tuple[int, ...] | None = Field(
         None, min_length=1, description="how many of the student's steps each phase has; null: two halves, or one phase"
     )

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import pairwise
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...facts import SamplingRecord, student_record
-from ..base import MethodConfig, Needs, Paper
+from ..base import MethodConfig, Needs, Paper, Times
 from ..pair import PairConfig, PairErrors, PairMethod
 
 if TYPE_CHECKING:
@@ -74,19 +73,12 @@ def pso_objective(terms: PSOTerms, errors: PairErrors) -> tuple[Tensor, Tensor]:
 class PSOConfig(PSOTerms, PairConfig):
     """Settings of offline PSO."""
 
-    timesteps: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+    timesteps: Times = Field(
         (999, 749, 499, 249), min_length=1, description="the student's times, falling, as its sampler takes them"
     )
     rollout: Literal["renoise", "ddim"] = Field("renoise", description="how that sampler goes on: new noise, or none")
     scale: float = Field(1.0, gt=0, description="what that sampler multiplies its first noise by")
     error_space: Literal["network", "epsilon"] = Field("epsilon", description="where errors are measured")
-
-    @field_validator("timesteps")
-    @classmethod
-    def _fall(cls, times: tuple[int, ...]) -> tuple[int, ...]:
-        if any(a <= b for a, b in pairwise(times)):
-            raise ValueError(f"the student's times must fall, such as [999, 749, 499, 249], not {list(times)}")
-        return times
 
 
 class PSO(PairMethod[PSOConfig]):

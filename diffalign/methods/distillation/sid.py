@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ...data.batch import Cond
 from ..adversarial import Adversarial, GanConfig
-from ..base import Loss, Paper
-from ..score_distill import Sample, ScoreDistill, Share, Time, gap
+from ..base import Loss, Paper, Times
+from ..score_distill import Sample, ScoreDistill, Share, gap
 
 if TYPE_CHECKING:
     from ...context import Context
@@ -38,7 +38,7 @@ def sid_loss(
 class SiDConfig(GanConfig):
     """SiD-LSG's one step. In several: times [999, 749, 499, 249] with start=unit; each sample stops at one of them."""
 
-    timesteps: tuple[Time, ...] = Field((625,), min_length=1, description="the student's times, falling")
+    timesteps: Times = Field((625,), min_length=1, description="the student's times, falling")
     start: Literal["unit", "sigma"] = Field(
         "sigma", description="the first input: unit noise, or noise times sigma of the first time"
     )

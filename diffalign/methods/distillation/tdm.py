@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...errors import UserError
-from ..base import Loss, Paper, on_device
-from ..score_distill import DistillConfig, Sample, ScoreDistill, Share, Time, Window, gap, times_of
+from ..base import Loss, Paper, Times, on_device
+from ..score_distill import DistillConfig, Sample, ScoreDistill, Share, Window, gap, times_of
 
 if TYPE_CHECKING:
     from ...context import Context
@@ -48,7 +48,7 @@ def match(distance: Tensor, divisor: Tensor, form: Literal["huber", "mse"], widt
 class TDMConfig(DistillConfig):
     """The authors' demo: four steps of a horizon of 900."""
 
-    timesteps: tuple[Time, ...] = Field((899, 674, 449, 224), min_length=1, description="the student's times, falling")
+    timesteps: Times = Field((899, 674, 449, 224), min_length=1, description="the student's times, falling")
     rollout: Literal["ddim"] = Field("ddim", description="how a later step gets its input: deterministic DDIM")
     guidance: float = Field(4.5, ge=0, description="the teacher's guidance: u + w (c - u); 1 is conditional only")
     order: Literal["student", "critic"] = Field("critic", description="which phase comes first in a step")

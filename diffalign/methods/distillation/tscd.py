@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor
 
 from ...facts import SamplingRecord, student_record
-from ..base import Loss, Paper
+from ..base import Loss, Paper, Times
 from ..consistency import ConsistencyConfig, Form
-from ..score_distill import Time
 from ..segmented import Segmented, SegmentedConfig
 
 if TYPE_CHECKING:
@@ -31,7 +29,7 @@ class TSCDConfig(SegmentedConfig):
         (7.5, 7.5), description=str(ConsistencyConfig.model_fields["guidance"].description)
     )
     loss: Form = Field("mse", description=str(ConsistencyConfig.model_fields["loss"].description))
-    timesteps: tuple[Time, ...] | None = Field(
+    timesteps: Times | None = Field(
         None, min_length=1, description="other times to sample at, falling; null: a step for each segment"
     )
     reward: str = Field(
@@ -43,13 +41,6 @@ class TSCDConfig(SegmentedConfig):
     reward_margin: float | None = Field(
         None, description="score from which on nothing is gained: max(0, margin - score); null: there is none"
     )
-
-    @field_validator("timesteps")
-    @classmethod
-    def _fall(cls, times: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if times is not None and any(a <= b for a, b in pairwise(times)):
-            raise ValueError(f"the student's times must fall, such as [999, 499], not {list(times)}")
-        return times
 
 
 class TSCD(Segmented[TSCDConfig]):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 from ...data.batch import Cond
 from ...denoiser import Denoiser
 from ...facts import SamplingRecord, student_record
-from ..base import Loss, Method, MethodConfig, Needs, Paper, Phase, on_device
-from ..score_distill import Share, Time
+from ..base import Loss, Method, MethodConfig, Needs, Paper, Phase, Times, on_device
+from ..score_distill import Share
 
 if TYPE_CHECKING:
     from ...context import Context
@@ -37,9 +36,7 @@ STEP = 0.01  # of the flow's time, from a point to the one that its velocity is 
 class TwinFlowConfig(MethodConfig):
     """The authors' settings for LoRAs."""
 
-    timesteps: tuple[Time, ...] = Field(
-        (999,), min_length=1, description="the times that the student is sampled at, falling"
-    )
+    timesteps: Times = Field((999,), min_length=1, description="the times that the student is sampled at, falling")
     shares: tuple[Share, Share, Share, Share] = Field(
         (0.25, 0.25, 0.25, 0.25),
         description="how many samples learn the jump to x0, the velocity, the jump to any time between, and (as the "
@@ -62,13 +59,6 @@ class TwinFlowConfig(MethodConfig):
     robust: float = Field(1.0, description="Barron's alpha: 2 is the squared error, 1 gives all samples the same pull")
     width: float = Field(1e-3, gt=0, description="Barron's width c")
     rectify: float = Field(0.5, ge=0, description="weight of the rectification by the twin; 0: none")
-
-    @field_validator("timesteps")
-    @classmethod
-    def _fall(cls, times: tuple[int, ...]) -> tuple[int, ...]:
-        if any(a <= b for a, b in pairwise(times)):
-            raise ValueError(f"the student's times must fall, such as [999, 499], not {list(times)}")
-        return times
 
     @field_validator("shares")
     @classmethod

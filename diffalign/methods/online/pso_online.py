@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ..base import Paper
-from ..rollout import Time
+from ..base import Paper, Times
 from .d3po import D3PO, D3POConfig
 
 
 class PSOOnlineConfig(D3POConfig):
     """Settings of online PSO; the defaults are the release's for SDXL-Turbo."""
 
-    timesteps: tuple[Time, ...] = Field(
+    timesteps: Times = Field(
         (999, 749, 499, 249), min_length=2, description="the student's times, falling, as its sampler takes them"
     )
     guidance: float = Field(1.0, ge=0, description="of the student, in sampling and in training; 1 is none")

@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ...rollouts import Rollouts, Walk, whole_picture
-from ..base import Loss, Needs, Paper, Phase
+from ..base import Loss, Needs, Paper, Phase, Times
 from ..distillation.pso import PSOTerms, pso_objective
 from ..pair import PairErrors
-from ..rollout import RolloutMethod, SamplerConfig, Time
+from ..rollout import RolloutMethod, SamplerConfig
 
 if TYPE_CHECKING:
     from ...context import Context
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class PSOPicturesConfig(PSOTerms, SamplerConfig):
     """Settings of PSO towards pictures."""
 
-    timesteps: tuple[Time, ...] = Field(
+    timesteps: Times = Field(
         (999, 749, 499, 249), min_length=1, description="the student's times, falling, as its sampler takes them"
     )
     sampler: Literal["ddim", "renoise", "flow", "dance", "cps"] = Field(

@@ -116,6 +116,7 @@ def test_rows_are_found() -> None:
     assert shuffled and dpo and shuffled.data.shuffle_labels and not dpo.data.shuffle_labels
     known = {row["name"] for row in methods.list_methods()} - {"spm"}  # it makes no pictures
     assert entries["disback"].recipe is None and "disback-path" not in entries  # two runs, one after the other
+    assert not {name for name in entries if name.startswith("hypersd")}  # later stages, which go on from a run
     assert "spm" not in entries and known <= {entry.method for entry in entries.values()}
     assert all(entry.recipe or "no tiny recipe" in entry.note or entry.kind == "base" for entry in entries.values())
     with pytest.raises(UserError, match="did you mean 'dpo'"):

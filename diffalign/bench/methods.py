@@ -50,6 +50,7 @@ POLL = 0.2  # seconds between looks at the processes
 
 # students that take as many steps as the base, at half the forwards: judged beside it, not over steps
 GUIDED = dict.fromkeys(("agd", "lora_guidance"), "guidance")
+LATER = {"hypersd-feedback", "hypersd-dmd"}  # recipes of later stages, which go on from another run's student
 TWO_RUNS = {"disback": "no tiny recipe of one run: tiny/disback follows the path of tiny/disback-path"}
 
 
@@ -77,6 +78,8 @@ def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> lis
     sources = {name.partition("/")[2]: name for name in builtin_recipes() if name.startswith("tiny/")}
     entries = [Entry("base", "base", note=MODEL)]
     for name, source in {"shuffled": DPO, "sft": "tiny/sft", **sources}.items():
+        if name in LATER:
+            continue
         if name in CONTROLS:
             given = ["data.shuffle_labels=true"] if name == "shuffled" else []
             entry = Entry(name, "control", note=CONTROLS[name])

@@ -53,13 +53,15 @@ def standardised(reward: Tensor, mean: Tensor, std: Tensor, floor: float, most: 
 
 
 class AdvantageConfig(RolloutConfig):
-    """How rewards become advantages."""
+    """How rewards become advantages, and the leash."""
 
     mean: Literal["prompt", "batch"] = Field("prompt", description="whose mean is taken off a reward")
     std: Literal["prompt", "batch", "none"] = Field("prompt", description="whose deviation it is divided by")
     unbiased: bool = Field(False, description="whether the prompt's deviation divides by n - 1")
     floor: float = Field(1e-6, gt=0, description="added to the deviation")
     most: float = Field(5.0, gt=0, description="largest size of an advantage")
+    kl: float = Field(0.0, ge=0, description="weight of the KL to the base, of each step and a number of the latents")
+    watch: bool = Field(True, description="whether the first update of a round looks how far the base is, for a curve")
 
     @property
     def group(self) -> int:
@@ -94,7 +96,7 @@ class AdvantageMethod(ScoredRollouts[A], Generic[A]):
     @property
     def anchored(self) -> bool:
         """Whether the base is called in training."""
-        return False
+        return self.config.kl > 0 or self.config.watch
 
     def rated(
         self,
@@ -147,14 +149,12 @@ class AdvantageMethod(ScoredRollouts[A], Generic[A]):
 
 
 class PolicyGradientConfig(AdvantageConfig):
-    """The band besides, and the leash."""
+    """The band besides."""
 
     clip: float = Field(1e-4, gt=0, lt=1, description="half the band of the ratio, which is of densities a number")
     ratio: Literal["density", "guard"] = Field(
         "density", description="of the steps' densities, or GRPO-Guard's, which has no bias and is alike at all steps"
     )
-    kl: float = Field(0.0, ge=0, description="weight of the KL to the base, of each step and a number of the latents")
-    watch: bool = Field(True, description="whether the first update of a round looks how far the base is, for a curve")
 
 
 D = TypeVar("D", bound=PolicyGradientConfig)
@@ -167,10 +167,6 @@ class PolicyGradient(AdvantageMethod[D], Generic[D]):
     has a ratio that is some 1e-3 off 1, so that chance would say what is clipped. So what the ratio is taken to is what
     the student of the round's start says by the very call that trains (``recall``); the curve ``drift`` is what the
     ratio would be off by without."""
-
-    @property
-    def anchored(self) -> bool:
-        return self.config.kl > 0 or self.config.watch
 
     def collect(self, ctx: Context, prompts: Batch) -> Rollouts:
         """All steps of all samples that are to be trained, with their density when they were taken."""

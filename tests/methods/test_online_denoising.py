@@ -130,6 +130,24 @@ def test_the_samples_are_noised_at_the_samplers_times() -> None:
     make_method("nft", {"eta": 0.0}).check(SD)  # no likelihood is needed
 
 
+def test_how_far_the_base_is_can_be_watched_without_a_leash() -> None:
+    """The curve is there with kl=0, and the loss is the one without it; unwatched, the base is not even asked for."""
+    trainer = warm(trainer_of("nft", kl=0.0), 2)
+    batch = items(trainer)
+    found = trainer.method.loss(trainer.ctx, batch, trainer.method.phases[0])
+    alone = method("nft", kl=0.0, watch=False)
+    assert trainer.method.needs.reference and not alone.needs.reference
+    values = alone.loss(trainer.ctx, batch, alone.phases[0])
+    assert "base_distance" not in values.metrics and torch.equal(values.values, found.values)
+    said = [
+        trainer.ctx.model(role, batch.latents["x_t"], batch.columns["t"], batch.cond["prompt"])
+        for role in ("student", "base")
+    ]
+    far = (said[0] - said[1]).detach().square().mean((1, 2, 3))
+    assert float(far.min()) > 0
+    torch.testing.assert_close(found.metrics["base_distance"], far, rtol=1e-3, atol=1e-8)
+
+
 def test_one_noise_without_any_later_is_refused() -> None:
     with pytest.raises(UserError, match="all samples of a prompt the same"):
         method("nft", shared_noise=True).check(SD)

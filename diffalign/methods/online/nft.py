@@ -70,10 +70,6 @@ class NFT(AdvantageMethod[NFTConfig]):
     )
     likelihood = False
 
-    @property
-    def anchored(self) -> bool:
-        return self.config.kl > 0
-
     def collect(self, ctx: Context, prompts: Batch) -> Rollouts:
         """Each sample's picture, noised at the sampler's times, with what the student says of it."""
         walk, chosen = self.walk(ctx, prompts), self.chosen_steps(ctx, prompts)
@@ -111,9 +107,10 @@ class NFT(AdvantageMethod[NFTConfig]):
         values, towards, away = nft_loss(student, old, latents["x0"], good, config.beta, config.most)
         metrics = {"towards": towards.detach(), "away": away.detach(), "good": good}
         metrics["moved"] = (output.detach() - latents["old"]).square().mean((1, 2, 3))
-        if config.kl:
+        if config.kl or (config.watch and ctx.repeat == 0):
             with torch.no_grad():
                 base = ctx.model("base", x_t, t, cond, config.guidance)
             far = (output - base).square().mean((1, 2, 3))
-            values, metrics["base_distance"] = values + config.kl * far, far.detach()
+            metrics["base_distance"] = far.detach()
+            values = values + config.kl * far if config.kl else values
         return Loss(values, batch.weight, metrics)

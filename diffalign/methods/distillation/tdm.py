@@ -136,7 +136,7 @@ class TDM(ScoreDistill[TDMConfig]):
         """What of the times from ``low`` to ``high`` belongs to the ``k``-th step."""
         times = (*self.config.timesteps, -1)
         clear = CLEAR if self.config.target == "score" else 0
-        top = times[k] if self.config.segments == "separate" else times[0]
+        top = times[k] if self.config.segments == "separate" else times[0] + 1
         return max(low, times[k + 1] + 1 + clear), min(high, top - LATEST - 1)
 
     def check(self, denoiser: Denoiser) -> None:

@@ -1,4 +1,4 @@
-"""Methods are found by file name; the listing and the README's table say what the classes say; plug-ins join."""
+"""Methods are found by file name; the listing and docs/methods.md say what the classes say; plug-ins join."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from diffalign.methods.preference.dpo import DPO, DPOConfig
 ROOT = Path(__file__).parents[1]
 
 
-def test_index_and_readme_are_those_of_the_classes() -> None:
+def test_index_and_page_are_those_of_the_classes() -> None:
     rows = index.build_index()
     assert json.loads((ROOT / "diffalign/methods/index.json").read_text()) == rows, "run `make index`"
-    readme = (ROOT / "README.md").read_text()
-    assert index.with_table(readme, rows) == readme, "run `make index`"
+    page = (ROOT / "docs/methods.md").read_text()
+    assert index.with_table(page, rows) == page, "run `make index`"
 
 
 def test_every_method_says_what_it_is() -> None:

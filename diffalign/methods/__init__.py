@@ -65,7 +65,7 @@ def method_class(name: str) -> type[Method[Any]]:
     else:
         raise UserError(f"unknown method '{name}'{nearest(name, {*modules, *points})}")
     if not (isinstance(found, type) and issubclass(found, Method)):
-        raise UserError(f"method '{name}' defines no subclass of diffalign.methods.base.Method; see the README")
+        raise UserError(f"method '{name}' defines no subclass of diffalign.methods.base.Method; see docs/methods.md")
     return found
 
 

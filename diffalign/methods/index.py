@@ -1,4 +1,4 @@
-"""``python -m diffalign.methods.index``: writes index.json and the README's table from the classes.
+"""``python -m diffalign.methods.index``: writes index.json and the table of docs/methods.md from the classes.
 
 Listings read the file and so import no torch."""
 
@@ -40,7 +40,7 @@ def build_index() -> list[dict[str, Any]]:
 START, END = "<!-- methods: written by `make index` -->", "<!-- end of methods -->"
 
 
-def readme_table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[dict[str, Any]]) -> str:
     """The methods as a Markdown table."""
     lines = ["| method | paper | needs | what is implemented |", "|---|---|---|---|"]
     for row in rows:
@@ -49,15 +49,15 @@ def readme_table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str, rows: list[dict[str, Any]]) -> str:
-    """The README with its table renewed between the two marks."""
-    head, _, rest = readme.partition(START)
+def with_table(page: str, rows: list[dict[str, Any]]) -> str:
+    """The page with its table renewed between the two marks."""
+    head, _, rest = page.partition(START)
     _, _, tail = rest.partition(END)
-    return f"{head}{START}\n{readme_table(rows)}\n{END}{tail}"
+    return f"{head}{START}\n{table(rows)}\n{END}{tail}"
 
 
 if __name__ == "__main__":
     found = build_index()
     Path(__file__).with_name("index.json").write_text(json.dumps(found, indent=1) + "\n")
-    page = Path(__file__).parents[2] / "README.md"
+    page = Path(__file__).parents[2] / "docs" / "methods.md"
     page.write_text(with_table(page.read_text(), found))

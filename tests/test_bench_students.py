@@ -187,10 +187,11 @@ def test_what_students_need_is_made_first(tmp_path: Path) -> None:
     assert isinstance(dmd, StudentJob) and dmd.recipe and dmd.recipe["data"]["path"] == dmd.pairs == folder
     assert Path(folder).is_absolute() and dmd.key == before["dmd"][0].key and waits(dmd)
     # PSO goes on from the student of the same seed
-    for seed, pso in enumerate(jobs["pso"]):
-        assert isinstance(pso, StudentJob) and pso.start == str(Path(jobs["dmd2"][seed].folder, "run").resolve())
-        assert pso.key != before["pso"][seed].key and pso.key in pso.result and pso.key in pso.folder
-    asked = [*jobs["pso"], *jobs["dmd"], *jobs["tdm"]]
+    for name in ("pso", "pso_online", "pso_pictures"):
+        for seed, pso in enumerate(jobs[name]):
+            assert isinstance(pso, StudentJob) and pso.start == str(Path(jobs["dmd2"][seed].folder, "run").resolve())
+            assert pso.key != before[name][seed].key and pso.key in pso.result and pso.key in pso.folder
+    asked = [*jobs["pso"], *jobs["pso_online"], *jobs["dmd"], *jobs["tdm"]]
     assert company.beneath(asked, lambda of: False) == [*jobs["dmd2"], company.pairs[folder]]
     Path(folder).mkdir(parents=True)
     assert company.beneath(asked, lambda of: True) == jobs["dmd2"], "done, but the runs are gone"
@@ -209,6 +210,10 @@ def test_a_student_records_fewer_of_its_times(tmp_path: Path) -> None:
     recipe = going_on({"model": {"path": "tiny-sd"}, "method": {"name": "pso"}}, str(tmp_path / "two"))
     assert recipe["model"]["loras"] == [{"path": str(tmp_path / "two")}]
     assert recipe["method"] == {"name": "pso", "timesteps": [999, 499], "rollout": "ddim", "scale": 0.9}
+    online = {"name": "pso_online", "sampler": "renoise"}
+    recipe = going_on({"model": {"loras": [{"path": "runs/x"}]}, "method": online}, str(tmp_path / "two"))
+    assert recipe["model"]["loras"] == [{"path": str(tmp_path / "two")}], "in the place of the recipe's own"
+    assert recipe["method"]["sampler"] == "ddim" and "rollout" not in recipe["method"]
     with pytest.raises(UserError, match="does not hold the student"):
         going_on(recipe, str(tmp_path / "none"))
 

@@ -36,6 +36,7 @@ from .methods_page import page
 from .methods_report import MethodsReport
 from .student_jobs import GROUP, with_students
 from .student_table import steps_report
+from .student_verdict import ALIGNED_FROM
 from .students import StudentJob
 from .verdict import Kind, Row, fill
 
@@ -74,7 +75,9 @@ def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> lis
 
     Raises UserError for an unknown name in ``only`` and for overrides that a recipe does not take."""
     makers = [row for row in list_methods() if "student" in row.get("roles", ["student"])]  # no preference models
-    groups = {row["name"]: GUIDED.get(row["name"], row["group"]) for row in makers}
+    groups = {
+        row["name"]: (GUIDED | dict.fromkeys(ALIGNED_FROM, GROUP)).get(row["name"], row["group"]) for row in makers
+    }
     sources = {name.partition("/")[2]: name for name in builtin_recipes() if name.startswith("tiny/")}
     entries = [Entry("base", "base", note=MODEL)]
     for name, source in {"shuffled": DPO, "sft": "tiny/sft", **sources}.items():
@@ -86,18 +89,16 @@ def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> lis
         else:
             given, entry = [], Entry(name, "method")
         recipe = load_recipe(source, given)
-        if recipe.model.path != MODEL or recipe.model.loras or recipe.method.name not in {*groups} - {*TWO_RUNS}:
-            continue  # of another base, such as tiny/sdxl-dpo or a student's, or no maker of pictures in one run
+        if recipe.model.path != MODEL or recipe.method.name not in {*groups} - {*TWO_RUNS}:
+            continue  # of another base, such as tiny/sdxl-dpo, or no maker of pictures in one run
         entry.method = recipe.method.name
         entry.group = groups.get(entry.method, "")
         changed = overrides and (entry.name in only or (entry.kind == "method" and is_asked(entry, only)))
         entry.recipe = load_recipe(source, [*given, *overrides]) if changed else recipe
         entries.append(entry)
     covered = {entry.method for entry in entries}
-    notes = {name: f"no tiny recipe without a student (tiny/{name} trains one further)" for name in sources}
-    notes |= TWO_RUNS
     entries += [
-        Entry(name, "method", name, group, note=notes.get(name, f"no tiny recipe (configs/tiny/{name}.yaml)"))
+        Entry(name, "method", name, group, note=TWO_RUNS.get(name, f"no tiny recipe (configs/tiny/{name}.yaml)"))
         for name, group in groups.items()
         if name not in covered
     ]

@@ -19,7 +19,8 @@ BARS = {1: 0.5, 2: 0.85}  # by steps: the share of the teacher's score that is a
 DIVERSITY = 0.8  # the share of the teacher's diversity, at each of these steps
 SINGLES_ASKED = 24  # prompts
 NEAR = 1e-9  # equal to a bar is enough, whatever the last digit says
-ALIGNED_FROM = {"pso": "dmd2"}  # a row that aligns a student, and the row whose student of the same seed that is
+# rows that align a student, and the row whose student of the same seed that is
+ALIGNED_FROM = dict.fromkeys(("pso", "pso_online", "pso_pictures"), "dmd2")
 # students whose earlier calls end a piece of a path and not a picture: the bars are for all their steps alone
 WHOLE = ("tdm", "phased_dmd", "pcm", "tscd")
 UNJUDGED = {"distillation_dpo": "it aligns while it distils: there is no student from which it starts, to gain over"}

@@ -115,18 +115,19 @@ def run_pairs(job: StudentJob) -> dict[str, Any]:
 
 
 def going_on(recipe: dict[str, Any], run: str) -> dict[str, Any]:
-    """The recipe on top of a run's student, which is fused into the base, at exactly its sampler's times.
+    """The recipe on top of a run's student, which is fused into the base, at exactly its sampler's times and kind of
+    step, whatever student the recipe itself names.
 
     Raises UserError where there is none."""
     record = recorded(run)
     if record is None:
         raise UserError(f"'{run}' does not hold the student that this method goes on from")
     times = {"timesteps": list(record.timesteps or ()), "scale": record.scale}
-    times["rollout"] = "ddim" if record.deterministic else "renoise"
-    loras = [*recipe["model"].get("loras", []), {"path": run}]
+    kind = "sampler" if "sampler" in recipe["method"] else "rollout"
+    times[kind] = "ddim" if record.deterministic else "renoise"
     return {
         **recipe,
-        "model": {**recipe["model"], "loras": loras},
+        "model": {**recipe["model"], "loras": [{"path": run}]},
         "method": {**recipe["method"], **times},
     }
 

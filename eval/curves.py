@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UserError
-from .plots import WARN, A, B, Curve, curves_svg
+from .plots import WARN, A, B, Curve, curves_svg, heat_svg
 
+FEW = 3  # lines of a panel; more times of one number are a heat map
 LogRow = Mapping[str, object]
 SKIP = {"step", "time", "kind", "epoch", "skipped", "held_out"}
 
@@ -18,7 +20,7 @@ SKIP = {"step", "time", "kind", "epoch", "skipped", "held_out"}
 @dataclass(frozen=True)
 class Panel:
     """Numbers that are read together: (key, label, colour). ``guard``: whose alarms are marked in it. ``based``: the
-    value at step 0, which is the base's, stays in sight."""
+    value at step 0, which is the base's, stays in sight. ``heat``: a heat map, of more lines than can be told apart."""
 
     title: str
     keys: tuple[tuple[str, str, str], ...]
@@ -26,6 +28,7 @@ class Panel:
     log: bool = False
     guard: str = ""
     based: bool = False
+    heat: bool = False
 
 
 PANELS = (
@@ -48,6 +51,10 @@ PANELS = (
         guard="pictures",
         based=True,
     ),
+    Panel("Reward of the rounds' samples", (("reward", "reward", A),)),
+    Panel("A scorer that only looks on", (("guard_score", "score", B),), guard="hacking"),
+    Panel("How far from the base", (("kl", "KL", A), ("base_distance", "prediction", B), ("apart", "prediction", B))),
+    Panel("Pairs far enough apart to be kept", (("kept", "share", A),), guard="kept"),
     Panel("Learning rate", (("lr", "lr", A),)),
 )
 DRAWN = {"brightness", "saturation", "diversity"}  # of samples: neither trained on nor held out
@@ -89,8 +96,11 @@ def series(rows: Sequence[LogRow], key: str, kind: str = "train") -> tuple[list[
     return [x for x, _ in found], [y for _, y in found]
 
 
-def panels(rows: Sequence[LogRow]) -> list[str]:
-    """SVGs of everything in a log: the known panels first, gradient norms, then whatever else a method logged."""
+def panels(rows: Sequence[LogRow], only: Collection[str] = (), head: str = "") -> list[str]:
+    """SVGs of everything in a log: the known panels first, gradient norms, then whatever else a method logged.
+
+    ``only``: numbers that are wanted, at all times where there are several; all where it is empty. ``head`` goes before
+    the titles."""
     names = {key for row in rows for key, value in row.items() if isinstance(value, int | float)} - SKIP - QUIET
     norms = sorted(name for name in names if name.startswith("grad_norm"))
     colours = (A, WARN, B)
@@ -99,10 +109,18 @@ def panels(rows: Sequence[LogRow]) -> list[str]:
         keys = tuple((n, n.removeprefix("grad_norm").strip("/_") or "all", colours[i % 3]) for i, n in enumerate(norms))
         groups.append(Panel("Gradient norm", keys, log=True, guard="gradient"))
     known = {key for group in groups for key, _, _ in group.keys}
-    groups += [Panel(name.replace("_", " "), ((name, name, A),)) for name in sorted(names - known)]
+    kin = families(names - known)
+    groups += [Panel(name.replace("_", " "), ((name, name, A),)) for name in sorted(names - known - kin.keys())]
+    for name, lines in by_time(kin).items():
+        groups.append(Panel(f"{name.replace('_', ' ')}, by time", tuple(lines), heat=len(lines) > FEW))
     drawn = []
     for group in groups:
-        curves = []
+        if only and not any(key in only or kin.get(key, ("", 0))[0] in only for key, _, _ in group.keys):
+            continue
+        curves, title = [], head + group.title
+        if group.heat:
+            drawn.append(heat_svg(title, [(label, *series(rows, key)) for key, label, _ in group.keys]))
+            continue
         for key, label, colour in group.keys:
             for kind in ("train", "validate"):
                 steps, values = series(rows, key, kind)
@@ -111,8 +129,24 @@ def panels(rows: Sequence[LogRow]) -> list[str]:
                     curves.append(Curve(label, steps, values, colour, kind == "validate" and key not in DRAWN, base))
         if curves and any(len(curve.steps) > 1 for curve in curves):
             marks = [float(alarm.step) for alarm in alarms(rows) if alarm.guard == group.guard]
-            drawn.append(curves_svg(group.title, curves, group.level, group.log, marks))
+            drawn.append(curves_svg(title, curves, group.level, group.log, marks))
     return drawn
+
+
+def families(names: Iterable[str]) -> dict[str, tuple[str, int]]:
+    """The names that are one number at several times of the schedule: by name its stem and time."""
+    found = {n: (m[1], int(m[2])) for n in names if (m := re.fullmatch(r"(.+?)(?:_t|/)(\d+)", n))}
+    stems = [stem for stem, _ in found.values()]
+    return {name: at for name, at in found.items() if stems.count(at[0]) > 1}
+
+
+def by_time(kin: Mapping[str, tuple[str, int]]) -> dict[str, list[tuple[str, str, str]]]:
+    """What `Panel` takes as keys, by stem; the noisiest time first."""
+    lines: dict[str, list[tuple[str, str, str]]] = {}
+    for name, (stem, time) in sorted(kin.items(), key=lambda item: (item[1][0], -item[1][1])):
+        of = lines.setdefault(stem, [])
+        of.append((name, f"t {time}", (A, WARN, B)[len(of) % FEW]))
+    return lines
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import log
+from math import log, sqrt
 from typing import Literal
 
-from .curves import LogRow, series
+from .curves import LogRow, alarms, series
 
 WINNER_WORSE = 0.02  # the guard speaks: the winner's error is this share above the base's
 WINNER_LOST = 0.05  # the report judges
@@ -46,6 +46,7 @@ SURE = 0.2  # held-out loss, above log 2
 DRAWS = 256  # held-out (pair, draw) where the log does not say how many
 STILL = 0.002  # change of the errors, as a share of them
 WEAK = 0.02  # mean |logit|
+CLIMB = 5  # points of a reward's curve that a line is laid through
 SUGGESTED = ("dpo", "dcpo", "pso")  # methods that `train --suggest-beta` takes
 
 Verdict = Literal["healthy", "collapsed", "over-optimised", "not learning", "unclear"]
@@ -139,15 +140,49 @@ def health(rows: Sequence[LogRow], method: Mapping[str, object] | None = None) -
     """Read a run's curves as a person would, held-out numbers before those of training. ``method``: the recipe's name
     and settings of it, which decide what the advice may name; a beta is presumed where they are not known.
 
+    A method that samples while it trains is read by its reward: pairs of its own fresh samples are even at any time, so
+    that their accuracy says nothing. A student's losses compare networks that move together, and are no verdict.
+
     collapsed: samples of a prompt became alike, or the winner's error doubled or their colours drifted while the
     preference was not learnt.
     over-optimised: the preference was learnt, at the price of the winner's error, the samples' colours, held-out
     accuracy, or with most logits saturated. not learning: held-out accuracy stayed within its noise, or nothing moved.
     healthy: accuracy rose, winners hold, samples hold. unclear: anything between, or too little to tell."""
     found = read(rows)
-    findings = _findings(found)
+    if climb := climbed(rows):
+        return Health(*_judge_climb(found, climb, rows), [_climb_finding(climb), *_findings(found, climbs=True)])
+    if any(key.startswith("student/") for row in rows for key in row):
+        told = "a student's losses compare networks that move together, and do not say how good it is"
+        return Health("unclear", told, "compare its samples with the teacher's: `diffalign eval`")
     verdict, reason, advice = _judge(found, method or {"beta": None})
-    return Health(verdict, reason, advice, findings)
+    return Health(verdict, reason, advice, _findings(found))
+
+
+@dataclass(frozen=True)
+class Climb:
+    """The line of least squares through a reward's curve: its ends, its rise and the rise's standard error."""
+
+    start: float
+    end: float
+    error: float
+
+    @property
+    def rise(self) -> float:
+        """Of the line, from the first point to the last."""
+        return self.end - self.start
+
+
+def climbed(rows: Sequence[LogRow]) -> Climb | None:
+    """The reward over the run; None where there is none, or too few points."""
+    steps, values = series(rows, "reward")
+    if len(values) < CLIMB or steps[0] == steps[-1]:
+        return None
+    count, middle, mean = len(values), sum(steps) / len(steps), sum(values) / len(values)
+    spread = sum((x - middle) ** 2 for x in steps)
+    slope = sum((x - middle) * (y - mean) for x, y in zip(steps, values, strict=True)) / spread
+    rest = sum((y - mean - slope * (x - middle)) ** 2 for x, y in zip(steps, values, strict=True))
+    error = sqrt(rest / (count - 2) / spread) * (steps[-1] - steps[0])
+    return Climb(mean + slope * (steps[0] - middle), mean + slope * (steps[-1] - middle), error)
 
 
 def read(rows: Sequence[LogRow]) -> Readings:
@@ -273,6 +308,33 @@ def _judge(r: Readings, method: Mapping[str, object]) -> tuple[Verdict, str, str
     return "healthy", f"{said}{price}", "compare samples with the base's: `diffalign eval`"
 
 
+def _judge_climb(r: Readings, climb: Climb, rows: Sequence[LogRow]) -> tuple[Verdict, str, str]:
+    """A method that samples while it trains: by its reward, its guard and the samples."""
+    ends = f"the reward went from {climb.start:.4g} to {climb.end:.4g}"
+    said = f"{ends}, {climb.rise:+.3g} with an error of {climb.error:.2g}"
+    softer = "lower train.lr, tie it closer to the base, or take an earlier checkpoint"
+    hacked = [alarm.text for alarm in alarms(rows) if alarm.guard == "hacking"]
+    if r.diversity is not None and r.diversity < DIVERSITY_KEPT:
+        alike = f"samples of one prompt became alike: {r.diversity:.0%} of the base's diversity; {said}"
+        return "collapsed", alike, softer
+    if hacked:
+        return "over-optimised", hacked[0], softer
+    if climb.rise > 2 * climb.error and r.drift > 1:
+        return "over-optimised", f"{said}, and the samples' colours drifted from the base's", softer
+    if climb.rise > 2 * climb.error:
+        return "healthy", said, "compare samples with the base's, by another judge than the reward: `diffalign eval`"
+    if climb.rise < -2 * climb.error:
+        return "not learning", f"{said}: it falls", "lower train.lr, and look at what the scorer is given"
+    more = "more rounds, or larger ones (train.batch, method.members); the same prompts tell more: `diffalign eval`"
+    return "unclear", f"{said}: rounds of other prompts differ by more than that", more
+
+
+def _climb_finding(climb: Climb) -> Finding:
+    sure = abs(climb.rise) > 2 * climb.error
+    state: State = "open" if not sure else "good" if climb.rise > 0 else "bad"
+    return Finding("reward", climb.start, climb.end, state, f"the line through its curve; error {climb.error:.2g}")
+
+
 def _judge_plain(r: Readings, hurt: bool, worse: str, where: str, lower: str) -> tuple[Verdict, str, str]:
     """Methods without a preference logit: the winner's error and the samples alone."""
     if r.damage is None:
@@ -290,11 +352,11 @@ def _change(damage: float) -> str:
     return f"{'rose' if damage > 0 else 'fell'} by {abs(damage):.1%}"
 
 
-def _findings(r: Readings) -> list[Finding]:
-    """Every measure in words, for the report's table."""
+def _findings(r: Readings, climbs: bool = False) -> list[Finding]:
+    """Every measure in words, for the report's table. ``climbs``: accuracy says nothing."""
     found: list[Finding] = []
     state: State
-    if r.accuracy is not None:
+    if r.accuracy is not None and not climbs:
         state = "good" if r.gained >= 2 * r.noise else "bad" if r.gained < r.noise else "open"
         words = f"best {r.accuracy_best:.2f} at step {r.best_step}"
         found.append(Finding("accuracy", r.accuracy_start, r.accuracy, state, words))

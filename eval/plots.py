@@ -12,6 +12,7 @@ import numpy as np
 A, B, WARN, INK, LINE = "var(--a)", "var(--b)", "var(--warn)", "var(--ink-2)", "var(--line)"
 WIDTH, HEIGHT = 400, 236
 LEFT, RIGHT, TOP, BOTTOM = 50, 392, 48, 212  # the plotting area; title and legend stand above it
+MAX_NAMED = 12  # rows of a heat map that each have a name
 MAX_RAW = 120  # points of a curve above which a running mean is drawn over it
 
 
@@ -135,6 +136,31 @@ def curves_svg(
         figure.legend.append(("held out", INK, True))
     if any(curve.base is not None for curve in curves):
         figure.legend.append(("··· base", INK, False))
+    return figure.svg()
+
+
+def heat_svg(title: str, rows: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> str:
+    """A number of several places over steps: a row a place, (name, steps, values), darker for more."""
+    flat = [v for _, _, values in rows for v in values]
+    low, high = min(flat), max(flat)
+    every = sorted({s for _, steps, _ in rows for s in steps})
+    gap = float(np.median(np.diff(every))) if len(every) > 1 else 1.0
+    figure = Figure(title, (every[0] - gap / 2, every[-1] + gap / 2), (0.0, float(len(rows))))
+    figure.parts = [part for part in figure.parts if 'text-anchor="end"' not in part and f'd="M{LEFT} ' not in part]
+    for at, (name, steps, values) in enumerate(rows):
+        top, bottom = figure.to_y(len(rows) - at), figure.to_y(len(rows) - at - 1)
+        if len(rows) <= MAX_NAMED or at % (len(rows) // MAX_NAMED + 1) == 0:
+            label = f'<text x="{LEFT - 6}" y="{(top + bottom) / 2 + 3.5:.1f}" text-anchor="end">{escape(name)}</text>'
+            figure.parts.append(label)
+        for step, value in zip(steps, values, strict=True):
+            left, width = figure.to_x(step - gap / 2), figure.to_x(step + gap / 2) - figure.to_x(step - gap / 2)
+            share = 1.0 if high == low else (value - low) / (high - low)
+            figure.parts.append(
+                f'<rect x="{left:.1f}" y="{top:.1f}" width="{width + 0.3:.1f}" height="{bottom - top + 0.3:.1f}" '
+                f'fill="{A}" fill-opacity="{0.06 + 0.9 * share:.2f}"/>'
+            )
+    said = f"always {number(low)}" if high == low else f"{number(low)} (light) to {number(high)} (dark)"
+    figure.legend.append((said, A, False))
     return figure.svg()
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from diffalign.bench.judge import SCORERS
 from diffalign.bench.method_job import run_job, stay_with
 from diffalign.bench.method_keys import code_hash, job_key, method_modules_of
 from diffalign.bench.methods import Plan, find_entries, is_asked, make_jobs, measure_methods
+from diffalign.bench.methods_page import rounds
+from diffalign.bench.methods_report import MethodsReport
 from diffalign.bench.units import Spent
 from diffalign.bench.verdict import Estimate, Row, decide, fill
 from diffalign.cli import app
@@ -253,6 +257,23 @@ def test_an_online_method_is_compared_with_the_base_alone() -> None:
     good = Estimate(0.05, 0.02, 0.08)
     assert decide([0.04, 0.05, 0.06], good, None, 0, 0, controls=0, labels=False) == ("learning", "")
     assert decide([0.04], good, None, 0, 0, labels=False) == ("open", "1 of 3 seeds")
+
+
+def test_the_page_draws_what_was_seen_while_sampling(tmp_path: Path) -> None:
+    for name, numbers in (
+        ("spo", {"reward": 1.0, "kl": 0.1, "kept_t9": 1.0, "kept_t5": 0.5}),
+        ("dpo", {"margin": 1.0}),
+    ):
+        run = tmp_path / name / "run"
+        run.mkdir(parents=True)
+        lines = [json.dumps({"step": step, "kind": "train", "lr": 1e-4, "loss": 1.0, **numbers}) for step in (1, 2)]
+        (run / "log.jsonl").write_text("\n".join(lines))
+    pictures = {name: tmp_path / name / "held" for name in ("spo", "dpo", "gone")}
+    drawn = rounds(MethodsReport({}, [], pictures))
+    titles = ["Reward of the rounds' samples", "How far from the base", "kept, by time"]
+    assert [re.search('class="title">([^<]*)', svg)[1] for svg in drawn] == [  # type: ignore[index]
+        escape(f"spo: {title}") for title in titles
+    ]
 
 
 def test_the_rule_part_by_part() -> None:

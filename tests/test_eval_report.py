@@ -123,6 +123,28 @@ def test_figures_are_svg_with_css_colours() -> None:
     assert "my own number" in text and "held out" in text and "Gradient norm" in text and "student" not in drawn[0]
 
 
+def test_a_number_at_many_times_is_one_figure() -> None:
+    times = (999, 749, 499, 249)
+    rows = [
+        {"step": step, "kind": "train", **{f"kept_t{t}": i / 4 for i, t in enumerate(times)}, "latent_std/799": 0.5}
+        | {"latent_std/399": 0.7, "alone_t5": 1.0}
+        for step in (5, 10, 15)
+    ]
+    drawn = panels(rows)
+    titles = [ET.fromstring(svg).get("aria-label") for svg in drawn]
+    assert titles == ["alone t5", "kept, by time", "latent std, by time"]
+    heat = drawn[1]
+    names = re.findall(r'text-anchor="end">t (\d+)<', heat)
+    assert names == ["999", "749", "499", "249"] and "0 (light) to 0.75 (dark)" in heat
+    shades = [float(v) for v in re.findall(r'fill-opacity="([.\d]+)"', heat)]
+    assert len(shades) == 12 and shades[::3] == sorted(shades[::3]) and shades[0] < 0.1 < 0.9 < shades[-1]
+    tops = [float(v) for v in re.findall(r'<rect x="[\d.]+" y="([\d.]+)"', heat)]
+    assert tops == sorted(tops) and all(48 <= y <= 212 for y in tops)
+    assert drawn[2].count("<polyline") == 2 and "t 799" in drawn[2]
+    still = panels([{"step": s, "kind": "train", **{f"kept_t{t}": 1.0 for t in times}} for s in (1, 2)])
+    assert "always 1" in still[0]
+
+
 def test_axes() -> None:
     assert ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1] and ticks(-0.0021, 0.0043) == [-0.002, 0, 0.002, 0.004]
     assert ticks(13, 611, 6) == [200, 400, 600] and log_ticks(0.4, 3) == [0.5, 1, 2] and log_ticks(1, 1e5)[-1] == 1e5

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from small import settings, write_pairs
 
 import diffalign
 from diffalign.errors import RunError
 from diffalign.eval.curves import alarms
-from diffalign.eval.health import Health, health, read
+from diffalign.eval.health import Health, climbed, health, read
 from diffalign.guards import Guards
 from diffalign.recipe import GuardsRecipe, load_recipe
 from diffalign.run import Run, train
@@ -106,6 +107,52 @@ def test_reference_free_methods_are_read_from_their_start() -> None:
         row |= {"accuracy": 0.2 + row["accuracy"], "saturated": 0.55}
         del row["chosen_gain"], row["rejected_gain"]
     assert read(rows).gained == pytest.approx(0.2) and health(rows).verdict == "healthy"
+
+
+def climbing(rise: float, shake: float = 0.2, points: int = 20, **last: float) -> list[Row]:
+    """Rounds of a method that samples while it trains; their own fresh pairs are a coin at any time."""
+    look = {"diversity": 0.3, "brightness": 0.5, "saturation": 0.4}
+    rows: list[Row] = [{"step": 0, "kind": "validate", **look}]
+    for i in range(points):
+        reward = 10 + rise * i / (points - 1) + shake * (-1) ** i
+        rows.append({"step": 5 * (i + 1), "kind": "train", "accuracy": 0.5, "loss": 0.693, "reward": reward})
+    return [*rows, {"step": 5 * points, "kind": "validate", **look, **last}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "verdict", "words"),
+    [
+        (climbing(1.0), "healthy", "from 10.03 to 10.97"),
+        (climbing(-1.0), "not learning", "it falls"),
+        (climbing(1.0, shake=2.0), "unclear", "rounds of other prompts differ"),
+        (climbing(1.0, diversity=0.1), "collapsed", "33% of the base's diversity"),
+        (climbing(1.0, brightness=0.9), "over-optimised", "colours drifted"),
+        (
+            [*climbing(1.0), {"step": 80, "kind": "guard", "guard": "hacking", "text": "it is hacked"}],
+            "over-optimised",
+            "it is hacked",
+        ),
+        (climbing(1.0, points=4), "not learning", "do not follow"),  # too few points: its accuracy is all there is
+    ],
+)
+def test_what_samples_while_it_trains_is_read_by_its_reward(rows: list[Row], verdict: str, words: str) -> None:
+    found = health(rows)
+    assert found.verdict == verdict and words in f"{found.reason}; {found.advice}", found
+    assert all(finding.name != "accuracy" for finding in found.findings) or words == "do not follow"
+
+
+def test_the_line_through_a_reward_is_that_of_least_squares() -> None:
+    values = [3.0, 1.0, 4.0, 1.5, 6.0, 2.0]
+    rows = [{"step": 10 * i, "kind": "train", "reward": v} for i, v in enumerate(values)]
+    (slope, level), cov = np.polyfit(range(6), values, 1, cov=True)
+    climb = climbed(rows)
+    assert climb is not None and climb.start == pytest.approx(level) and climb.rise == pytest.approx(5 * slope)
+    assert climb.error == pytest.approx(5 * cov[0, 0] ** 0.5)
+
+
+def test_the_losses_of_a_student_are_no_verdict() -> None:
+    rows = [{"step": i, "kind": "train", "student/loss": 1.0, "brightness": 0.1 * i} for i in range(9)]
+    assert health(rows).verdict == "unclear" and "move together" in health(rows).reason
 
 
 def test_guards_compare_with_the_start_and_speak_once() -> None:

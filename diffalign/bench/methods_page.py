@@ -8,6 +8,7 @@ from html import escape
 from importlib import resources
 from pathlib import Path
 
+from ..eval.curves import panels, read_log, series
 from ..eval.page import environment, evenly, picture_uri
 from ..eval.plots import INK, LINE, WARN, A, B, Figure, number, ticks
 from ..eval.rows import read_rows
@@ -15,6 +16,7 @@ from .judge import HELD_OUT, IN_LOOP, PRIMARY
 from .methods_report import EXPLAINED, HEADS, MethodsReport, cells, ranked
 from .verdict import Row
 
+ROUNDS = ("reward", "kl", "base_distance", "apart", "kept")
 SHOWN = 12  # prompts in the grid
 LINE_HEIGHT = 19
 
@@ -39,6 +41,7 @@ def page(report: MethodsReport) -> str:
             lines=[(row, cells(row)) for row in report.rows],
             explained=EXPLAINED,
             plots=plots,
+            rounds=rounds(report),
             grid=grid(report),
             over_steps=report.over_steps.page(),
             settings=report.settings,
@@ -127,6 +130,18 @@ def grid(report: MethodsReport) -> dict[str, object]:
         tiles = [pictures.get(prompt) for pictures in found.values()]
         lines.append((prompt, [(picture_uri(tile[0]), tile[1]) if tile else (None, False) for tile in tiles]))
     return {"names": list(found), "lines": lines}
+
+
+def rounds(report: MethodsReport) -> list[str]:
+    """What methods that sample while they train saw on the way, first seed: reward, pairs kept, distance from the
+    base. Empty for those whose runs are gone."""
+    drawn = []
+    for name, pictures in report.pictures.items():
+        run = pictures.parent / "run"
+        log = read_log(run) if (run / "log.jsonl").is_file() else []
+        if series(log, "reward")[0]:
+            drawn += panels(log, ROUNDS, f"{name}: ")
+    return drawn
 
 
 def judged_pictures(folder: Path) -> dict[str, tuple[Path, bool]]:

@@ -414,6 +414,25 @@ def test_training_reads_what_was_labelled(tmp_path: Path, tiny_model_folder: Pat
     assert "7 usable" in done.err + done.out, done.err
 
 
+def test_labels_reach_online_methods_by_a_preference_model(tmp_path: Path, tiny_model_folder: Path) -> None:
+    """A person's votes train SPO's judge, which D3PO then asks about samples of its own."""
+    out = tmp_path / "labelled"
+    vote_all(Session(out, pairs_of(write_pairs(tmp_path / "source", 6)), "ann"), ["left", "right"] * 3)
+    judge, few = tmp_path / "judge", {"train__steps": 2, "train__log_every": 1, "method__beta": None}
+    few |= {"model__lora__rank": None, "model__lora__alpha": None}
+    _, *asked = settings(tiny_model_folder, out, judge, **few, validate__pairs=0)
+    done = diffalign("train", "tiny/spm", *asked, "data.max_pairs=6")
+    assert done.status == 0, done.err
+    rounds = {"method__reward": f"spm={judge}", "method__steps": 3, "method__guidance": 1.0, "method__members": 3}
+    changes = few | rounds | {"method__beta": 10, "validate__pairs": 0, "model__lora__rank": 4}
+    _, *asked = settings(tiny_model_folder, out, tmp_path / "run", **changes)
+    done = diffalign("train", "tiny/d3po", *asked)
+    assert done.status == 0, done.err
+    rows = log_of(tmp_path / "run")
+    assert len(rows) == 2 and all(row["reward_spread"] > 0 for row in rows)
+    assert rows[0]["grad_norm/student"] > 0
+
+
 def test_report_and_refusals(tmp_path: Path, candidates: list[Pair]) -> None:
     for name in ("ann", "bob"):
         vote_all(Session(tmp_path / "out", candidates, name), ["left", "tie", "skip"])

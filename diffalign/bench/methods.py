@@ -22,13 +22,15 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ..data.files import write_atomic
 from ..errors import Interrupted, UserError, nearest, one_line
 from ..methods import list_methods
 from ..recipe import Recipe, builtin_recipes, load_recipe
-from . import method_job, students
+from . import guided, method_job, students
+from .guided import UnguidedJob, guided_report, unguided_job
 from .judge import IN_LOOP
 from .method_job import Job, write_job
 from .method_keys import job_code, job_key
@@ -49,8 +51,6 @@ LABELLERS = {"tiny-pairs": (IN_LOOP,), "tiny-ranked": (IN_LOOP, "tiny-hps")}
 POLL = 0.2  # seconds between looks at the processes
 
 
-# students that take as many steps as the base, at half the forwards: judged beside it, not over steps
-GUIDED = dict.fromkeys(("agd", "lora_guidance"), "guidance")
 LATER = {"hypersd-feedback", "hypersd-dmd"}  # recipes of later stages, which go on from another run's student
 TWO_RUNS = {"disback": "no tiny recipe of one run: tiny/disback follows the path of tiny/disback-path"}
 
@@ -76,7 +76,8 @@ def find_entries(overrides: Sequence[str] = (), only: Sequence[str] = ()) -> lis
     Raises UserError for an unknown name in ``only`` and for overrides that a recipe does not take."""
     makers = [row for row in list_methods() if "student" in row.get("roles", ["student"])]  # no preference models
     groups = {
-        row["name"]: (GUIDED | dict.fromkeys(ALIGNED_FROM, GROUP)).get(row["name"], row["group"]) for row in makers
+        row["name"]: (guided.GROUP | dict.fromkeys(ALIGNED_FROM, GROUP)).get(row["name"], row["group"])
+        for row in makers
     }
     sources = {name.partition("/")[2]: name for name in builtin_recipes() if name.startswith("tiny/")}
     entries = [Entry("base", "base", note=MODEL)]
@@ -152,6 +153,9 @@ def measure_methods(plan: Plan) -> MethodsReport:
     wanted = [job for entry in entries if is_asked(entry, plan.only) for job in jobs[entry.name]]
     if any(isinstance(job, StudentJob) for job in wanted):
         wanted += company.references.values()
+    plain = unguided_job(MODEL, plan.prompts, plan.out)
+    if any(entry.method in guided.GROUP and is_asked(entry, plan.only) for entry in entries):
+        wanted.append(plain)
     missing = [job for job in wanted if not is_done(job)]
     missing += [job for job in company.beneath(missing, is_done) if job not in missing]
     # seeds in turn, so that a table of fewer seeds is there early; what others go on from comes first
@@ -162,6 +166,7 @@ def measure_methods(plan: Plan) -> MethodsReport:
         failed |= {} if plan.shown else run_jobs(some, plan)
     report = collect(entries, jobs, failed, plan)
     report.over_steps = steps_report(report.rows, jobs, company, read_result, failed)
+    report.guided = guided_report(report.rows, jobs, plain, read_result, failed)
     write_atomic(plan.out / "results.json", (json.dumps(report.json(), indent=1, ensure_ascii=False) + "\n").encode())
     write_atomic(plan.out / "table.md", report.markdown().encode())
     write_atomic(plan.out / "report.html", page(report).encode())
@@ -313,12 +318,17 @@ def start(job: Job) -> subprocess.Popen[bytes]:
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     with folder.with_suffix(".log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", (students if isinstance(job, StudentJob) else method_job).__name__, str(described)],
+            [sys.executable, "-m", runner(job).__name__, str(described)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             env={**os.environ, **quiet, **threads},
         )
+
+
+def runner(job: Job) -> ModuleType:
+    """The module that a job's process runs."""
+    return guided if isinstance(job, UnguidedJob) else students if isinstance(job, StudentJob) else method_job
 
 
 def reason(job: Job, status: int) -> str:

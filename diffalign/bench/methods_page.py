@@ -44,6 +44,7 @@ def page(report: MethodsReport) -> str:
             rounds=rounds(report),
             grid=grid(report),
             over_steps=report.over_steps.page(),
+            guided=report.guided.page(),
             settings=report.settings,
             date=datetime.now(UTC).strftime("%d %B %Y, %H:%M UTC"),
         )

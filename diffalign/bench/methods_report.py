@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .guided import GuidedReport
 from .judge import HELD_OUT, IN_LOOP
 from .student_jobs import GROUP
 from .student_report import StepsReport
@@ -46,22 +47,23 @@ EXPLAINED = (
 @dataclass
 class MethodsReport:
     """What ``measure_methods`` found. ``pictures``: by row, the folder of its held-out pictures (first seed).
-    ``over_steps``: of few-step students."""
+    ``over_steps``: of few-step students; ``guided``: of what distils guidance."""
 
     settings: dict[str, Any]
     rows: list[Row]
     pictures: dict[str, Path] = field(default_factory=dict)
     over_steps: StepsReport = field(default_factory=StepsReport)
+    guided: GuidedReport = field(default_factory=GuidedReport)
 
     @property
     def failed(self) -> bool:
         """Whether any row failed."""
-        return any(row.failed for row in self.rows) or bool(self.over_steps.troubles)
+        return any(row.failed for row in self.rows) or bool(self.over_steps.troubles or self.guided.troubles)
 
     def json(self) -> dict[str, Any]:
         """Plain data."""
-        steps = self.over_steps.json()
-        return {"settings": self.settings, "rows": [asdict(row) for row in self.rows], "over_steps": steps}
+        further = {"over_steps": self.over_steps.json(), "guided": self.guided.json()}
+        return {"settings": self.settings, "rows": [asdict(row) for row in self.rows], **further}
 
     def title(self) -> str:
         """In a line."""
@@ -70,8 +72,8 @@ class MethodsReport:
 
     @property
     def notes(self) -> list[str]:
-        """Why rows are judged so; those of the table over steps say it there."""
-        told = self.over_steps.names
+        """Why rows are judged so; those of the other tables say it there."""
+        told = self.over_steps.names | {line.name for line in self.guided.lines}
         return [f"{row.name}: {verdict_of(row)}: {row.why}" for row in self.rows if row.why and row.name not in told]
 
     def render(self, console: Console) -> None:
@@ -90,6 +92,7 @@ class MethodsReport:
         for note in self.notes:
             console.print(note, highlight=False, markup=False)
         self.over_steps.render(console)
+        self.guided.render(console)
         if self.settings["overrides"]:
             console.print(f"overrides: {' '.join(self.settings['overrides'])}", highlight=False, markup=False)
 
@@ -99,7 +102,7 @@ class MethodsReport:
         lines += ["| " + " | ".join(cells(row)) + " |" for row in self.rows]
         lines += ["", EXPLAINED, ""]
         lines += [f"* {note}" for note in self.notes]
-        return "\n".join(lines) + "\n" + self.over_steps.markdown()
+        return "\n".join(lines) + "\n" + self.over_steps.markdown() + self.guided.markdown()
 
 
 def cells(row: Row) -> list[str]:

@@ -15,6 +15,7 @@ All drawing is done by diffusers' own pipeline of the family; a student of other
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -36,7 +37,7 @@ from diffalign.families.lora import find_lora, load_lora
 from diffalign.families.schedulers import recorded_scheduler
 from diffalign.pipelines.spec import BASE_GUIDANCE, BASE_STEPS, allowed_guidance
 
-ADAPTER = "student"
+ADAPTERS = ("student", "student-again")  # the one not in use is loaded next
 
 
 class FewStepPipeline(DiffusionPipeline):
@@ -118,16 +119,22 @@ class FewStepPipeline(DiffusionPipeline):
         self._record = record
 
     def load_student(self, path: str, weight: float = 1.0) -> FewStepPipeline:
-        """A student's LoRA (file, folder, run's folder or hub id) at ``weight``, with its record; returns the pipeline.
+        """A student's LoRA (file, folder, run's folder or hub id) at ``weight``, with its record, in the place of the
+        one that was loaded before; returns the pipeline.
 
-        Raises UserError when it is no LoRA that fits this base, or records no sampler."""
+        Raises UserError when it is no LoRA that fits this base, or records no sampler; the one before stays."""
         record = recorded(path)
         if record is None:
             raise UserError(f"'{path}' records no few-step sampler; is it a student that diffalign distilled?")
         record.check_base(self.scheduler.config, path)
         stock = self.stock
-        load_lora(stock, find_lora(path), ADAPTER)
-        stock.set_adapters([ADAPTER], [weight])
+        before = [name for name in ADAPTERS if name in getattr(self.unet, "peft_config", {})]
+        name = next(name for name in ADAPTERS if name not in before)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the one before, which goes
+            load_lora(stock, find_lora(path), name)
+        stock.set_adapters([name], [weight])
+        stock.delete_adapters(before)
         self.record = record
         return self
 

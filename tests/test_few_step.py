@@ -21,6 +21,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 from tiny import SD_SCHEDULE
 
 from diffalign.denoiser import Denoiser
@@ -45,12 +46,12 @@ RECORDS = {
 PROMPTS = ["a cat", "two dogs"]
 
 
-def student(folder: Path, out: Path, record: SamplingRecord) -> Path:
+def student(folder: Path, out: Path, record: SamplingRecord, seed: int = 0) -> Path:
     """A strong random LoRA for the model in ``folder``, saved as a run saves it."""
     model = load_model(ModelRecipe(path=str(folder)), torch.device("cpu"), torch.float32)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=model.lora_targets("all"))
     model.unet.add_adapter(config, adapter_name="student")
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.unet.named_parameters():
             if "lora_" in name:
@@ -238,6 +239,25 @@ def test_the_first_noise_is_scaled_once(tiny_model_folder: Path, tmp_path: Path)
         output = pipe.unet(noise, 999, encoder_hidden_states=text).sample
     x0, eps = denoiser.to_x0(output, noise, 999), denoiser.to_eps(output, noise, 999)
     torch.testing.assert_close(seen[1], denoiser.add_noise(x0, eps, 468), rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_takes_the_place_of_the_one_before(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """Again and again, at any weight; one that does not fit leaves the one before as it was."""
+    one = student(tiny_model_folder, tmp_path / "1", RECORDS["renoise"])
+    two = student(tiny_model_folder, tmp_path / "2", RECORDS["tdm"], seed=1)
+    alone = {lora: draw(opened(tiny_model_folder).load_student(str(lora))) for lora in (one, two)}
+    assert np.abs(alone[one] - alone[two]).max() > 0.01
+    pipe = opened(tiny_model_folder)
+    for lora in (one, two, one, two):
+        assert np.array_equal(draw(pipe.load_student(str(lora))), alone[lora])
+        assert len(pipe.unet.peft_config) == 1
+    wrong = tmp_path / "wrong"
+    shutil.copytree(one, wrong)
+    (file,) = wrong.glob("*.safetensors")
+    save_file({"unet.nowhere.lora_A.weight": torch.zeros(4, 8)}, file)
+    with pytest.raises(UserError, match="nowhere"):
+        pipe.load_student(str(wrong))
+    assert np.array_equal(draw(pipe), alone[two])
 
 
 def test_a_student_of_another_prediction_type_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:

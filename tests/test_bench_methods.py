@@ -20,7 +20,7 @@ from diffalign.bench import methods
 from diffalign.bench.judge import SCORERS
 from diffalign.bench.method_job import run_job, stay_with
 from diffalign.bench.method_keys import code_hash, job_key, method_modules_of
-from diffalign.bench.methods import Plan, find_entries, is_asked, make_jobs, measure_methods
+from diffalign.bench.methods import TIMES, Plan, find_entries, is_asked, make_jobs, measure_methods
 from diffalign.bench.methods_page import rounds
 from diffalign.bench.methods_report import MethodsReport
 from diffalign.bench.units import Spent
@@ -134,6 +134,17 @@ def test_rows_are_found() -> None:
     assert changed["dpo"] == 1 and changed["shuffled"] != 1 and changed["mapo"] != 1
 
 
+def test_some_methods_have_a_multiple_of_the_budget_and_the_title_says_so(tmp_path: Path) -> None:
+    plan = Plan(tmp_path, (0,), 100)
+    jobs = {entry.name: make_jobs(entry, plan) for entry in find_entries() if entry.recipe}
+    assert {name: of[0].budget for name, of in jobs.items() if of[0].budget != 100} == {
+        name: 100 * TIMES[name] for name in TIMES
+    }
+    settings = {"prompts": 3, "seeds": [0], "budget": 100, "times": {"dmd2": 2, "ddpo": 4, "sid": 2}}
+    title = MethodsReport(settings, []).title()
+    assert title.endswith("100 units of U-Net work each; 2 times that for dmd2, sid; 4 times that for ddpo")
+
+
 def test_bad_numbers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--budget 0"):
         measure_methods(Plan(tmp_path, budget=0))
@@ -154,6 +165,7 @@ def test_keys_follow_what_makes_a_result(tmp_path: Path) -> None:
         return job_key(other, seed, BUDGET, None, "tiny-sd")
 
     assert key() == key("description", "another") == key("validate_.pairs", 7) == key("train.lr", recipe.train.lr)
+    assert key() == key("train.steps", 7), "the budget sets the steps"
     assert len({key(), key("train.lr", 1.0), key("data.shuffle_labels", True), key(seed=1)}) == 4
     names = [module.__name__.rpartition(".")[2] for module in method_modules_of("inpo")]
     assert names == ["inverted", "pair", "dpo", "inpo"]

@@ -22,6 +22,7 @@ from .judge import ASSETS
 FORMAT = 1  # of a result
 SHARED = {"diffalign.methods.base", "diffalign.methods", "diffalign.methods.index"}  # the contract: no mathematics
 UNSEEN = ("name", "description", "output", "validate")  # sections that change no weight of a result
+BY_BUDGET = ("steps", "save_every")  # of the training: what the budget sets, whatever the recipe says
 
 
 def job_key(recipe: Recipe | None, seed: int, budget: int, prompts: int | None, model: str) -> str:
@@ -38,6 +39,7 @@ def chosen(recipe: Recipe) -> dict[str, Any]:
     made: dict[str, Any] = recipe.model_dump(mode="json", by_alias=True, exclude_defaults=True)
     options = {name: value for name, value in recipe.method.model_dump().items() if name != "name"}
     settings = method_config(recipe.method.name).model_validate(options)
+    made["train"] = {name: value for name, value in made.get("train", {}).items() if name not in BY_BUDGET}
     made["method"] = {"name": recipe.method.name, **settings.model_dump(mode="json", exclude_defaults=True)}
     return {name: section for name, section in made.items() if name not in UNSEEN}
 

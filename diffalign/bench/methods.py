@@ -1,6 +1,7 @@
 """``diffalign bench methods``: every method that is installed and has a tiny recipe, trained from one tiny base.
 
-All get the same budget of U-Net work (:mod:`.units`) and are judged on the same held-out prompts and noise
+All get the same budget of U-Net work (:mod:`.units`), a few that buy little with it a multiple (``TIMES``, which the
+table says), and are judged on the same held-out prompts and noise
 (:mod:`.judge`), beside three controls: the base itself, fine-tuning on the chosen pictures (``sft``), and ``tiny/dpo``
 with shuffled labels. A row is a recipe ``tiny/NAME`` on tiny-sd: a new method or recipe joins by being there. Few-step
 students are judged at each number of steps, beside the teacher and plain DDIM (:mod:`.students`).
@@ -45,6 +46,8 @@ from .verdict import Kind, Row, fill
 MODEL, DPO = "tiny-sd", "tiny/dpo"
 UNITS_A_PAIR = 8  # of Diffusion-DPO: winner and loser through the student and back, and through the base
 BUDGET = 300 * 16 * UNITS_A_PAIR  # what tiny/dpo's own 300 steps of 16 pairs cost
+# by method: the budget times this. Students whose fake score takes four fifths of the work
+TIMES = dict.fromkeys(("dmd", "dmd2", "decoupled_dmd", "f_distill", "sid"), 2)
 SEEDS = (0, 1, 2)
 CONTROLS = {"shuffled": "tiny/dpo with shuffled labels", "sft": "fine-tuning on the chosen pictures"}
 LABELLERS = {"tiny-pairs": (IN_LOOP,), "tiny-ranked": (IN_LOOP, "tiny-hps")}
@@ -182,9 +185,10 @@ def make_jobs(entry: Entry, plan: Plan) -> list[Job]:
     """One a seed; one in all for the base, none without a recipe."""
     if entry.recipe is None and entry.kind != "base":
         return []
+    budget = plan.budget * TIMES.get(entry.method, 1)
     jobs, code = [], job_code(entry.recipe, *([students] if entry.group == GROUP else []))
     for seed in plan.seeds if entry.recipe else (0,):
-        key = job_key(entry.recipe, seed, plan.budget, plan.prompts, MODEL)
+        key = job_key(entry.recipe, seed, budget, plan.prompts, MODEL)
         name = f"{entry.name}-{seed}-{key}"
         jobs.append(
             Job(
@@ -194,7 +198,7 @@ def make_jobs(entry: Entry, plan: Plan) -> list[Job]:
                 code=code,
                 model=MODEL,
                 recipe=entry.recipe.dump() if entry.recipe else None,
-                budget=plan.budget,
+                budget=budget,
                 prompts=plan.prompts,
                 folder=str(plan.out / "runs" / name),
                 result=str(plan.out / "results" / f"{name}.json"),
@@ -247,6 +251,7 @@ def collect(entries: Sequence[Entry], jobs: dict[str, list[Job]], failed: dict[s
     settings = {
         "model": MODEL,
         "budget": plan.budget,
+        "times": {row.name: TIMES[row.method] for row in rows if row.method in TIMES},
         "seeds": list(plan.seeds),
         "prompts": len(base["judged"]["ids"]) if base else 0,
         "overrides": list(plan.overrides),

@@ -68,7 +68,13 @@ class MethodsReport:
     def title(self) -> str:
         """In a line."""
         s = self.settings
-        return f"{s['prompts']} held-out prompts, {len(s['seeds'])} seeds, {s['budget']:,} units of U-Net work each"
+        by_times: dict[int, list[str]] = {}
+        for name, times in s.get("times", {}).items():
+            by_times.setdefault(times, []).append(name)
+        more = "".join(f"; {times} times that for {', '.join(names)}" for times, names in sorted(by_times.items()))
+        return (
+            f"{s['prompts']} held-out prompts, {len(s['seeds'])} seeds, {s['budget']:,} units of U-Net work each{more}"
+        )
 
     @property
     def notes(self) -> list[str]:

@@ -47,6 +47,24 @@ class Noised:
     base: Tensor | None = None
 
 
+def pair_curves(errors: PairErrors, logits: Tensor) -> dict[str, Tensor]:
+    """Curves (B,) of pairs that an objective scored by ``logits`` (B,), each without gradient."""
+    logits = logits.detach()
+    curves = {
+        "chosen_error": errors.chosen,
+        "rejected_error": errors.rejected,
+        "margin": -errors.delta(),
+        "accuracy": (logits > 0).float() + 0.5 * (logits == 0).float(),
+        "logit": logits,
+        "logit_abs": logits.abs(),
+        "saturated": (logits.abs() > 5).float(),
+    }
+    if errors.base_chosen is not None and errors.base_rejected is not None:
+        curves["chosen_gain"] = errors.base_chosen - errors.chosen
+        curves["rejected_gain"] = errors.rejected - errors.base_rejected
+    return {name: curve.detach() for name, curve in curves.items()}
+
+
 @dataclass
 class PairErrors:
     """Per-sample errors (B,) in fp32; the base's are None where there is no reference. ``columns``: the batch's."""
@@ -156,17 +174,4 @@ class PairMethod(Method[P], Generic[P]):
         """Values and curves of one micro-batch."""
         errors = replace(self.measure(ctx, batch), columns=batch.columns)
         values, logits = self.objective(errors)
-        logits = logits.detach()
-        metrics = {
-            "chosen_error": errors.chosen,
-            "rejected_error": errors.rejected,
-            "margin": -errors.delta(),
-            "accuracy": (logits > 0).float() + 0.5 * (logits == 0).float(),
-            "logit": logits,
-            "logit_abs": logits.abs(),
-            "saturated": (logits.abs() > 5).float(),
-        }
-        if errors.base_chosen is not None and errors.base_rejected is not None:
-            metrics["chosen_gain"] = errors.base_chosen - errors.chosen
-            metrics["rejected_gain"] = errors.rejected - errors.base_rejected
-        return Loss(values, self.weight(ctx, batch), metrics)
+        return Loss(values, self.weight(ctx, batch), pair_curves(errors, logits))

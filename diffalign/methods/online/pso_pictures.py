@@ -11,7 +11,7 @@ from torch import Tensor
 from ...rollouts import Rollouts, Walk, whole_picture
 from ..base import Loss, Needs, Paper, Phase, Times
 from ..distillation.pso import PSOTerms, pso_objective
-from ..pair import PairErrors
+from ..pair import PairErrors, pair_curves
 from ..rollout import RolloutMethod, SamplerConfig
 
 if TYPE_CHECKING:
@@ -93,12 +93,4 @@ class PSOPictures(RolloutMethod[PSOPicturesConfig]):
             base = self.errors(ctx, "base", batch) if self.needs.reference else (None, None)
         errors = PairErrors(*found, *base)
         values, logits = pso_objective(self.config, errors)
-        logits = logits.detach()
-        metrics = {
-            "chosen_error": errors.chosen,
-            "rejected_error": errors.rejected,
-            "margin": -errors.delta(),
-            "accuracy": (logits > 0).float() + 0.5 * (logits == 0).float(),
-            "logit": logits,
-        }
-        return Loss(values, batch.weight, {name: value.detach() for name, value in metrics.items()})
+        return Loss(values, batch.weight, pair_curves(errors, logits))

@@ -51,7 +51,7 @@ PANELS = (
         guard="pictures",
         based=True,
     ),
-    Panel("Reward of the rounds' samples", (("reward", "reward", A),)),
+    Panel("Reward of its own samples", (("reward", "reward", A),)),
     Panel("A scorer that only looks on", (("guard_score", "score", B),), guard="hacking"),
     Panel("How far from the base", (("kl", "KL", A), ("base_distance", "prediction", B), ("apart", "prediction", B))),
     Panel("Pairs far enough apart to be kept", (("kept", "share", A),), guard="kept"),
@@ -119,7 +119,10 @@ def panels(rows: Sequence[LogRow], only: Collection[str] = (), head: str = "") -
             continue
         curves, title = [], head + group.title
         if group.heat:
-            drawn.append(heat_svg(title, [(label, *series(rows, key)) for key, label, _ in group.keys]))
+            for kind, told in (("train", ""), ("validate", ", held out")):
+                places = [(label, *series(rows, key, kind)) for key, label, _ in group.keys]
+                if any(len(steps) > 1 for _, steps, _ in places):
+                    drawn.append(heat_svg(title + told, places))
             continue
         for key, label, colour in group.keys:
             for kind in ("train", "validate"):

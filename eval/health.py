@@ -26,10 +26,12 @@ eval``) says whether pictures became better.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log, sqrt
 from typing import Literal
+
+from scipy.special import stdtrit
 
 from .curves import LogRow, alarms, series
 
@@ -46,7 +48,7 @@ SURE = 0.2  # held-out loss, above log 2
 DRAWS = 256  # held-out (pair, draw) where the log does not say how many
 STILL = 0.002  # change of the errors, as a share of them
 WEAK = 0.02  # mean |logit|
-CLIMB = 5  # points of a reward's curve that a line is laid through
+CLIMB = 5  # least points of a reward's curve that a line is laid through (chosen by us)
 SUGGESTED = ("dpo", "dcpo", "pso")  # methods that `train --suggest-beta` takes
 
 Verdict = Literal["healthy", "collapsed", "over-optimised", "not learning", "unclear"]
@@ -141,40 +143,54 @@ def health(rows: Sequence[LogRow], method: Mapping[str, object] | None = None) -
     and settings of it, which decide what the advice may name; a beta is presumed where they are not known.
 
     A method that samples while it trains is read by its reward: pairs of its own fresh samples are even at any time, so
-    that their accuracy says nothing. A student's losses compare networks that move together, and are no verdict.
+    that their accuracy says nothing. A few-step student's losses compare networks that move together, and are no
+    verdict; its pictures are those of few steps at the start, so that their colours may move.
 
     collapsed: samples of a prompt became alike, or the winner's error doubled or their colours drifted while the
-    preference was not learnt.
+    preference was not learnt, or the reward did not rise.
     over-optimised: the preference was learnt, at the price of the winner's error, the samples' colours, held-out
     accuracy, or with most logits saturated. not learning: held-out accuracy stayed within its noise, or nothing moved.
     healthy: accuracy rose, winners hold, samples hold. unclear: anything between, or too little to tell."""
     found = read(rows)
-    if climb := climbed(rows):
-        return Health(*_judge_climb(found, climb, rows), [_climb_finding(climb), *_findings(found, climbs=True)])
-    if any(key.startswith("student/") for row in rows for key in row):
-        told = "a student's losses compare networks that move together, and do not say how good it is"
-        return Health("unclear", told, "compare its samples with the teacher's: `diffalign eval`")
+    names = {key for row in rows for key in row}
+    if "reward" in names:
+        climb = climbed(rows)
+        seen = [_climb_finding(climb)] if climb else []
+        return Health(*_judge_climb(found, climb, rows), [*seen, *_findings(found, {"accuracy"})])
+    if any(name.startswith("student/") for name in names):
+        return Health(*_judge_student(found), _findings(found, {"brightness", "saturation"}))
     verdict, reason, advice = _judge(found, method or {"beta": None})
     return Health(verdict, reason, advice, _findings(found))
 
 
 @dataclass(frozen=True)
 class Climb:
-    """The line of least squares through a reward's curve: its ends, its rise and the rise's standard error."""
+    """The line of least squares through a reward's curve of ``points``: its ends, and the standard error of its rise.
+    ``held``: of the same prompts and noise at every look, and not of each round's own."""
 
     start: float
     end: float
     error: float
+    points: int
+    held: bool = False
 
     @property
     def rise(self) -> float:
         """Of the line, from the first point to the last."""
         return self.end - self.start
 
+    @property
+    def sure(self) -> float:
+        """How large a rise is beyond chance (two-sided, 5 %), by Student's t."""
+        return float(stdtrit(self.points - 2, 0.975)) * self.error
+
 
 def climbed(rows: Sequence[LogRow]) -> Climb | None:
-    """The reward over the run; None where there is none, or too few points."""
-    steps, values = series(rows, "reward")
+    """The reward over the run, held out where enough looks were taken; None where there are too few points."""
+    steps, values = series(rows, "reward", "validate")
+    held = len(values) >= CLIMB
+    if not held:
+        steps, values = series(rows, "reward")
     if len(values) < CLIMB or steps[0] == steps[-1]:
         return None
     count, middle, mean = len(values), sum(steps) / len(steps), sum(values) / len(values)
@@ -182,7 +198,8 @@ def climbed(rows: Sequence[LogRow]) -> Climb | None:
     slope = sum((x - middle) * (y - mean) for x, y in zip(steps, values, strict=True)) / spread
     rest = sum((y - mean - slope * (x - middle)) ** 2 for x, y in zip(steps, values, strict=True))
     error = sqrt(rest / (count - 2) / spread) * (steps[-1] - steps[0])
-    return Climb(mean + slope * (steps[0] - middle), mean + slope * (steps[-1] - middle), error)
+    low, high = (mean + slope * (step - middle) for step in (steps[0], steps[-1]))
+    return Climb(low, high, error, count, held)
 
 
 def read(rows: Sequence[LogRow]) -> Readings:
@@ -308,31 +325,57 @@ def _judge(r: Readings, method: Mapping[str, object]) -> tuple[Verdict, str, str
     return "healthy", f"{said}{price}", "compare samples with the base's: `diffalign eval`"
 
 
-def _judge_climb(r: Readings, climb: Climb, rows: Sequence[LogRow]) -> tuple[Verdict, str, str]:
+def _judge_climb(r: Readings, climb: Climb | None, rows: Sequence[LogRow]) -> tuple[Verdict, str, str]:
     """A method that samples while it trains: by its reward, its guard and the samples."""
-    ends = f"the reward went from {climb.start:.4g} to {climb.end:.4g}"
-    said = f"{ends}, {climb.rise:+.3g} with an error of {climb.error:.2g}"
     softer = "lower train.lr, tie it closer to the base, or take an earlier checkpoint"
-    hacked = [alarm.text for alarm in alarms(rows) if alarm.guard == "hacking"]
+    more = "train longer, or with more prompts a step (train.batch)"
     if r.diversity is not None and r.diversity < DIVERSITY_KEPT:
-        alike = f"samples of one prompt became alike: {r.diversity:.0%} of the base's diversity; {said}"
-        return "collapsed", alike, softer
+        return "collapsed", f"samples of one prompt became alike: {r.diversity:.0%} of the base's diversity", softer
+    if climb is None:
+        few = f"the log holds fewer than {CLIMB} points of the reward, too few to lay a line through"
+        return (
+            ("collapsed", "the samples' colours drifted from the base's", softer)
+            if r.drift > 1
+            else ("unclear", few, more)
+        )
+    where = "held-out reward" if climb.held else "reward"
+    ends = f"the {where} went from {climb.start:.4g} to {climb.end:.4g}"
+    said = f"{ends}, {climb.rise:+.3g} with an error of {climb.error:.2g}"
+    hacked = [alarm.text for alarm in alarms(rows) if alarm.guard == "hacking"]
     if hacked:
         return "over-optimised", hacked[0], softer
-    if climb.rise > 2 * climb.error and r.drift > 1:
-        return "over-optimised", f"{said}, and the samples' colours drifted from the base's", softer
-    if climb.rise > 2 * climb.error:
-        return "healthy", said, "compare samples with the base's, by another judge than the reward: `diffalign eval`"
-    if climb.rise < -2 * climb.error:
+    if r.drift > 1:
+        rose = climb.rise > climb.sure
+        return (
+            "over-optimised" if rose else "collapsed",
+            f"the samples' colours drifted from the base's; {said}",
+            softer,
+        )
+    if climb.rise < -climb.sure:
         return "not learning", f"{said}: it falls", "lower train.lr, and look at what the scorer is given"
-    more = "more rounds, or larger ones (train.batch, method.members); the same prompts tell more: `diffalign eval`"
-    return "unclear", f"{said}: rounds of other prompts differ by more than that", more
+    if climb.rise <= climb.sure:
+        chance = "which may be chance" if climb.held else "which may be chance: rounds of other prompts differ by more"
+        return "unclear", f"{said}, {chance}", more
+    looks = series(rows, "reward", "validate")[1]
+    if not climb.held and len(looks) > 1 and looks[-1] < looks[0]:
+        text = f"{said}, but on held-out prompts from {looks[0]:.4g} to {looks[-1]:.4g}"
+        return "unclear", text, "look more often (validate.every), at more of them (validate.pairs)"
+    return "healthy", said, "compare samples with the base's, by another judge than the reward: `diffalign eval`"
 
 
 def _climb_finding(climb: Climb) -> Finding:
-    sure = abs(climb.rise) > 2 * climb.error
-    state: State = "open" if not sure else "good" if climb.rise > 0 else "bad"
-    return Finding("reward", climb.start, climb.end, state, f"the line through its curve; error {climb.error:.2g}")
+    state: State = "open" if abs(climb.rise) <= climb.sure else "good" if climb.rise > 0 else "bad"
+    words = f"the line through its curve; error {climb.error:.2g}, beyond chance from {climb.sure:.2g} on"
+    return Finding("held-out reward" if climb.held else "reward", climb.start, climb.end, state, words)
+
+
+def _judge_student(r: Readings) -> tuple[Verdict, str, str]:
+    """A few-step student: by the diversity of its samples alone."""
+    if r.diversity is not None and r.diversity < DIVERSITY_KEPT:
+        alike = f"samples of one prompt became alike: {r.diversity:.0%} of the diversity at the start"
+        return "collapsed", alike, "lower train.lr or method.guidance, or give the fake score more steps"
+    told = "a student's losses compare networks that move together, and do not say how good it is"
+    return "unclear", told, "compare its samples with the teacher's: `diffalign eval`"
 
 
 def _judge_plain(r: Readings, hurt: bool, worse: str, where: str, lower: str) -> tuple[Verdict, str, str]:
@@ -352,11 +395,11 @@ def _change(damage: float) -> str:
     return f"{'rose' if damage > 0 else 'fell'} by {abs(damage):.1%}"
 
 
-def _findings(r: Readings, climbs: bool = False) -> list[Finding]:
-    """Every measure in words, for the report's table. ``climbs``: accuracy says nothing."""
+def _findings(r: Readings, silent: Collection[str] = ()) -> list[Finding]:
+    """Every measure in words, for the report's table. ``silent``: those that are no sign of anything here."""
     found: list[Finding] = []
     state: State
-    if r.accuracy is not None and not climbs:
+    if r.accuracy is not None and "accuracy" not in silent:
         state = "good" if r.gained >= 2 * r.noise else "bad" if r.gained < r.noise else "open"
         words = f"best {r.accuracy_best:.2f} at step {r.best_step}"
         found.append(Finding("accuracy", r.accuracy_start, r.accuracy, state, words))
@@ -374,6 +417,8 @@ def _findings(r: Readings, climbs: bool = False) -> list[Finding]:
         found.append(Finding("held-out loss", r.loss_start, r.loss, "open" if r.sure else "good", words))
     limits = {"brightness": BRIGHTNESS_MOVED, "saturation": SATURATION_MOVED}
     for name, (start, end) in r.pictures.items():
+        if name in silent:
+            continue
         if name == "diversity":
             bad = end < DIVERSITY_KEPT * start
             words = f"between samples of one prompt; bad below {DIVERSITY_KEPT:.0%} of the base's"

@@ -140,7 +140,8 @@ def curves_svg(
 
 
 def heat_svg(title: str, rows: Sequence[tuple[str, Sequence[float], Sequence[float]]]) -> str:
-    """A number of several places over steps: a row a place, (name, steps, values), darker for more."""
+    """A number of several places over steps: a row a place, (name, steps, values), darker for more. At least one value
+    in all."""
     flat = [v for _, _, values in rows for v in values]
     low, high = min(flat), max(flat)
     every = sorted({s for _, steps, _ in rows for s in steps})

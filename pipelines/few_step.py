@@ -32,7 +32,7 @@ from diffusers import (
 
 from diffalign.errors import UserError
 from diffalign.facts import SamplingRecord, recorded, student_record
-from diffalign.families.guidance import embedding_width
+from diffalign.families.guidance import embedding_width, remove_embedding
 from diffalign.families.lora import find_lora, load_lora
 from diffalign.families.schedulers import recorded_scheduler
 from diffalign.pipelines.spec import BASE_GUIDANCE, BASE_STEPS, allowed_guidance
@@ -88,6 +88,8 @@ class FewStepPipeline(DiffusionPipeline):
         )
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
         self._record: SamplingRecord | None = None
+        self._weight = 1.0  # of the loaded student
+        self._given = False  # whether a student brought the guidance embedding
 
     @classmethod
     def of(cls, pipe: DiffusionPipeline, record: SamplingRecord, base_unet: Any = None) -> FewStepPipeline:
@@ -127,16 +129,35 @@ class FewStepPipeline(DiffusionPipeline):
         if record is None:
             raise UserError(f"'{path}' records no few-step sampler; is it a student that diffalign distilled?")
         record.check_base(self.scheduler.config, path)
-        stock = self.stock
+        stock, told = self.stock, embedding_width(self.unet)
         before = [name for name in ADAPTERS if name in getattr(self.unet, "peft_config", {})]
         name = next(name for name in ADAPTERS if name not in before)
+        weights = self._weight
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # the one before, which goes
-            load_lora(stock, find_lora(path), name)
+            warnings.filterwarnings("ignore", "Adapter .* was active which is now deleted")
+            try:
+                load_lora(stock, find_lora(path), name)
+            except UserError:
+                if before:
+                    stock.set_adapters(before, [weights])
+                stock.delete_adapters([name])
+                self._tell(told)
+                raise
         stock.set_adapters([name], [weight])
         stock.delete_adapters(before)
+        self._given = self._given or embedding_width(self.unet) > told
+        if self._given and record.told is None:
+            self._tell(0)  # the one before was told its guidance, and this one is not
+        self._weight = weight
         self.record = record
         return self
+
+    def _tell(self, width: int) -> None:
+        """Takes the guidance embedding away that a student brought, where the U-Net is to have none (``width`` 0)."""
+        if embedding_width(self.unet) > width:
+            remove_embedding(self.unet)
+            self._given = False
 
     @property
     def stock(self) -> DiffusionPipeline:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
+from diffalign.bench import methods
 from diffalign.bench.guided import (
     EXPLAINED,
+    TITLE,
     Line,
     decide,
     error,
@@ -20,7 +25,9 @@ from diffalign.bench.guided import (
 )
 from diffalign.bench.judge import STEPS, judge
 from diffalign.bench.method_job import Job
-from diffalign.bench.methods import find_entries, runner
+from diffalign.bench.methods import Plan, find_entries, measure_methods, runner
+from diffalign.bench.methods_page import page
+from diffalign.bench.methods_report import MethodsReport
 from diffalign.bench.verdict import Estimate, Row
 
 PROMPTS = 3
@@ -83,9 +90,15 @@ def test_error_is_the_mean_square_over_the_same_prompts(tmp_path: Path) -> None:
     ],
 )
 def test_the_rule(low: float, shares: list[float], verdict: str, words: str) -> None:
-    seeds = len(shares) or 3
-    found = decide(Estimate(0.0, low, 0.05), shares, seeds)
+    found = decide(Estimate(0.0, low, 0.05), shares, len(shares) or 3, 200, True)
     assert found[0] == verdict and words in found[1]
+
+
+def test_the_rule_asks_for_what_it_compares() -> None:
+    good = Estimate(0.0, -0.01, 0.01)
+    assert decide(good, [0.1] * 3, 3, 199, True) == ("open", "199 of 200 prompts")
+    found = decide(good, [], 3, 200, False)
+    assert found[0] == "open" and "without guidance was not judged" in found[1]
 
 
 def test_the_table_is_made_of_what_is_there(tmp_path: Path) -> None:
@@ -93,39 +106,75 @@ def test_the_table_is_made_of_what_is_there(tmp_path: Path) -> None:
         folder = drawn(tmp_path / f"{name}-{seed}", level, right)
         return Job(name, seed, f"{name}-{seed}", "code", "tiny-sd", None, 0, None, str(folder), "", 0)
 
-    ground = [1.0] * 40
+    few, many = [0.0] * 50, [1.0] * 150
+    ground = [1.0] * 200
     jobs = {
         "base": [job("base", 0, 100, ground)],
         "agd": [job("agd", seed, 102, ground) for seed in (0, 1, 2)],
-        "lora_guidance": [job("lora_guidance", seed, 109, [0.0] * 10 + ground[10:]) for seed in (0, 1, 2)],
+        "lora_guidance": [job("lora_guidance", seed, 109, few + many) for seed in (0, 1, 2)],
     }
-    plain = job("unguided", 0, 110, [0.0] * 20 + ground[20:])
+    plain = job("unguided", 0, 110, [0.0] * 100 + [1.0] * 100)
     right = {
         "base": ground,
         "agd": ground,
-        "lora_guidance": [0.0] * 10 + ground[10:],
-        "unguided": [0.0] * 20 + [1] * 20,
+        "lora_guidance": few + many,
+        "unguided": [0.0] * 100 + [1.0] * 100,
     }
     rows = [Row("base", "base"), *(Row(name, "method", "guidance", name) for name in ("agd", "lora_guidance"))]
-    report = guided_report(
-        rows, jobs, plain, lambda j: {"code": "code", "judged": {"scores": {"oracle": right[j.name]}}}, {}
-    )
+
+    def read(job: Job) -> dict[str, Any]:
+        steps = 25 if job.name == "lora_guidance" else STEPS
+        code = "old" if job.key in ("agd-2", "unguided-0") else "code"
+        return {"code": code, "judged": {"steps": steps, "scores": {"oracle": right[job.name]}}}
+
+    rows[2].failed = {3: "out of memory"}
+    report = guided_report(rows, jobs, plain, read, {})
     names = [(line.name, line.calls, line.verdict) for line in report.lines]
     assert names == [
         ("teacher", 2 * STEPS, "reference"),
         ("unguided", STEPS, "reference"),
         ("agd", STEPS, "matches"),
-        ("lora_guidance", STEPS, "does not match"),
+        ("lora_guidance", 25, "does not match"),
     ]
     agd: Line = report.lines[2]
     assert agd.error == pytest.approx((2 / 255) ** 2) and np.allclose(agd.shares, 0.04)
     assert [row.verdict for row in rows] == ["", "learning", "not learning"]
     assert "points of prompts all right" in rows[2].why and "81%" in rows[2].why
+    unguided, mine, other = report.notes
+    assert unguided == "unguided: reference: made by earlier code" and mine == "agd: matches: made by earlier code"
+    assert other.endswith("seed 3 failed: out of memory")
     text = report.markdown()
     assert EXPLAINED in text and "| agd | 20 | matches | 1.000 |" in text
+    whole = MethodsReport(
+        {"prompts": 200, "seeds": [0], "budget": 1, "times": {}, "overrides": []}, rows, guided=report
+    )
+    html = page(whole)
+    assert TITLE in html and "does not match" in html and "seed 3 failed" in html
+    console = Console(width=200, file=io.StringIO())
+    whole.render(console)
+    assert isinstance(console.file, io.StringIO) and "does not match" in console.file.getvalue()
+    assert whole.json()["guided"][3]["calls"] == 25
     assert guided_report(rows[:1], jobs, plain, lambda j: None, {}).lines == []
     lost = guided_report(rows, jobs, plain, lambda j: None, {plain.key: "ended by signal 9"})
     assert lost.notes == ["unguided failed: ended by signal 9"]
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("guidance", True), ("agd", True), ("dpo", False)])
+def test_the_unguided_base_is_judged_where_it_is_needed(
+    asked: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def run_jobs(jobs: list[Job], plan: Plan) -> dict[str, str]:
+        ran.extend(job.name for job in jobs)
+        return {}
+
+    monkeypatch.setattr(methods, "run_jobs", run_jobs)
+    report = measure_methods(Plan(tmp_path, (0,), only=(asked,)))
+    assert ("unguided" in ran) == expected and "base" in ran
+    assert report.settings["times"] == {}
+    other = measure_methods(Plan(tmp_path, (0,), only=("sid",)))
+    assert other.settings["times"] == {"sid": 2} and "2 times that for sid" in other.title()
 
 
 def test_the_group_is_asked_for_by_name() -> None:

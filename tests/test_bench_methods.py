@@ -282,7 +282,7 @@ def test_the_page_draws_what_was_seen_while_sampling(tmp_path: Path) -> None:
         (run / "log.jsonl").write_text("\n".join(lines))
     pictures = {name: tmp_path / name / "held" for name in ("spo", "dpo", "gone")}
     drawn = rounds(MethodsReport({}, [], pictures))
-    titles = ["Reward of the rounds' samples", "How far from the base", "kept, by time"]
+    titles = ["Reward of its own samples", "How far from the base", "kept, by time"]
     assert [re.search('class="title">([^<]*)', svg)[1] for svg in drawn] == [  # type: ignore[index]
         escape(f"spo: {title}") for title in titles
     ]

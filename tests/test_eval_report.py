@@ -141,6 +141,12 @@ def test_a_number_at_many_times_is_one_figure() -> None:
     tops = [float(v) for v in re.findall(r'<rect x="[\d.]+" y="([\d.]+)"', heat)]
     assert tops == sorted(tops) and all(48 <= y <= 212 for y in tops)
     assert drawn[2].count("<polyline") == 2 and "t 799" in drawn[2]
+    assert panels([{"step": 0, "kind": "validate", **{f"kept_t{t}": 1 for t in times}}]) == []  # before the first row
+    both = [{"step": s, "kind": k, **{f"kept_t{t}": 1.0 for t in times}} for s in (1, 2) for k in ("train", "validate")]
+    assert [ET.fromstring(svg).get("aria-label") for svg in panels(both)] == [
+        "kept, by time",
+        "kept, by time, held out",
+    ]
     still = panels([{"step": s, "kind": "train", **{f"kept_t{t}": 1.0 for t in times}} for s in (1, 2)])
     assert "always 1" in still[0]
 

@@ -21,7 +21,7 @@ from diffusers import (
 )
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny import SD_SCHEDULE
 
 from diffalign.denoiser import Denoiser
@@ -30,6 +30,7 @@ from diffalign.eval.prompts import Prompt
 from diffalign.export import save_scheduler
 from diffalign.facts import Facts, SamplingRecord, student_record
 from diffalign.families import load_model, save_lora
+from diffalign.families.guidance import embedding_width
 from diffalign.keyed import normal
 from diffalign.pipelines.few_step import FewStepPipeline
 from diffalign.pipelines.sample import sample, sample_model
@@ -251,13 +252,48 @@ def test_a_student_takes_the_place_of_the_one_before(tiny_model_folder: Path, tm
     for lora in (one, two, one, two):
         assert np.array_equal(draw(pipe.load_student(str(lora))), alone[lora])
         assert len(pipe.unet.peft_config) == 1
-    wrong = tmp_path / "wrong"
-    shutil.copytree(one, wrong)
-    (file,) = wrong.glob("*.safetensors")
-    save_file({"unet.nowhere.lora_A.weight": torch.zeros(4, 8)}, file)
+    assert np.abs(draw(pipe.load_student(str(two), weight=0.5)) - alone[two]).max() > 1e-3
+    half = draw(pipe)
+    (file,) = one.glob("*.safetensors")
+    weights = load_file(file)
+    wide = {k: torch.zeros(4, 9) if k.endswith("to_q.lora_A.weight") else v for k, v in weights.items()}
+    for state, said in (({"unet.nowhere.lora_A.weight": torch.zeros(4, 8)}, "nowhere"), (wide, "does not fit")):
+        wrong = tmp_path / said.replace(" ", "")
+        shutil.copytree(one, wrong)
+        save_file(state, wrong / file.name, metadata={"format": "pt"})
+        with pytest.raises(UserError, match=said):
+            pipe.load_student(str(wrong))
+        assert np.array_equal(draw(pipe), half) and len(pipe.unet.peft_config) == 1
+    assert np.array_equal(draw(pipe.load_student(str(one))), alone[one])
+
+
+def test_a_student_that_is_not_told_guidance_follows_one_that_is(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """The embedding that the first one brought goes with it; one that does not fit brings none."""
+    plain = student(tiny_model_folder, tmp_path / "plain", RECORDS["renoise"])
+    told = tmp_path / "told"
+    shutil.copytree(plain, told)
+    (file,) = told.glob("*.safetensors")
+    pipe = opened(tiny_model_folder)
+    inner = pipe.unet.time_embedding.linear_1.in_features
+    down, up = torch.zeros(4, 32), torch.ones(inner, 4)
+    name = "unet.time_embedding.cond_proj.lora_"
+    save_file({**load_file(file), f"{name}A.weight": down, f"{name}B.weight": up}, file, metadata={"format": "pt"})
+    facts = json.loads((told / "diffalign.json").read_text())
+    facts["sampling"] |= {"told": [1.0, 8.0], "guidance": 4.0}
+    (told / "diffalign.json").write_text(json.dumps(facts))
+    broken = tmp_path / "broken"
+    shutil.copytree(told, broken)
+    nowhere = {f"{name}A.weight": down, f"{name}B.weight": up, "unet.nowhere.lora_A.weight": torch.zeros(4, 8)}
+    save_file(nowhere, broken / file.name, metadata={"format": "pt"})
+
+    alone = draw(opened(tiny_model_folder).load_student(str(plain)))
     with pytest.raises(UserError, match="nowhere"):
-        pipe.load_student(str(wrong))
-    assert np.array_equal(draw(pipe), alone[two])
+        pipe.load_student(str(plain)).load_student(str(broken))
+    assert np.array_equal(draw(pipe), alone) and embedding_width(pipe.unet) == 0
+    draw(pipe.load_student(str(told)))
+    assert embedding_width(pipe.unet) == 32
+    assert np.array_equal(draw(pipe.load_student(str(plain))), alone)
+    assert embedding_width(pipe.unet) == 0 and draw(pipe, base_first=1).shape == alone.shape
 
 
 def test_a_student_of_another_prediction_type_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:

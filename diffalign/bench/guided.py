@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from .method_job import Job, stay_with
 from .method_keys import code_hash, job_key
 from .student_jobs import short
 from .student_table import earlier, failures
-from .verdict import SEEDS_ASKED, Estimate, Row, Word, mean
+from .verdict import PROMPTS_ASKED, SEEDS_ASKED, Estimate, Row, Word, mean
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -129,8 +129,9 @@ def error(mine: Path, teacher: Path) -> float | None:
     return float(np.mean([np.square(ours[name] - theirs[name]).mean() for name in sorted(both)]))
 
 
-def decide(over: Estimate, shares: Sequence[float], seeds: int) -> tuple[str, str]:
-    """(verdict, reason) by the rule that is said under the table. Open: too few seeds, or pictures that are gone."""
+def decide(over: Estimate, shares: Sequence[float], seeds: int, prompts: int, compared: bool) -> tuple[str, str]:
+    """(verdict, reason) by the rule that is said under the table. Open: too few seeds or prompts, pictures that are
+    gone, or no unguided base to compare with (``compared``)."""
     against = []
     if over.low < -LOST:
         against.append(f"may lose {-100 * over.low:.1f} points of prompts all right")
@@ -138,9 +139,14 @@ def decide(over: Estimate, shares: Sequence[float], seeds: int) -> tuple[str, st
         against.append(f"a seed leaves {max(shares):.0%} of the unguided base's error")
     if against:
         return "does not match", "; ".join(against)
+    if not compared:
+        return "open", "the base without guidance was not judged, or its pictures or the teacher's are gone"
     if len(shares) < seeds:
-        return "open", "pictures to compare are gone"
-    return ("matches", "") if seeds >= SEEDS_ASKED else ("open", f"{seeds} of {SEEDS_ASKED} seeds")
+        return "open", "pictures of some seeds are gone"
+    for count, asked, what in ((seeds, SEEDS_ASKED, "seeds"), (prompts, PROMPTS_ASKED, "prompts")):
+        if count < asked:
+            return "open", f"{count} of {asked} {what}"
+    return "matches", ""
 
 
 @dataclass
@@ -220,27 +226,30 @@ def guided_report(
         return GuidedReport(troubles=troubles)
     ground = np.array(base[1]["judged"]["scores"][PRIMARY])
     held = Path(base[0].folder) / "held"
-    lines = [Line("teacher", 2 * STEPS, float(ground.mean()))]
+    lines = [Line("teacher", 2 * base[1]["judged"]["steps"], float(ground.mean()))]
     reference = None
     if beside is not None:
         right = np.array(beside["judged"]["scores"][PRIMARY])
         reference = error(Path(plain.folder) / "held", held)
-        lines.append(Line("unguided", STEPS, float(right.mean()), mean(right - ground), error=reference))
+        told = "" if beside["code"] == plain.code else "made by earlier code"
+        line = Line("unguided", beside["judged"]["steps"], float(right.mean()), mean(right - ground), error=reference)
+        lines.append(replace(line, why=told))
     for row in rows:
         if not found.get(row.name):
             continue
         gaps = [np.array(r["judged"]["scores"][PRIMARY]) - ground for _, r in found[row.name]]
         errors = [e for job, _ in found[row.name] if (e := error(Path(job.folder) / "held", held)) is not None]
-        line = Line(row.name, STEPS, float(ground.mean() + np.mean(gaps)), mean(np.mean(gaps, 0)))
+        calls = found[row.name][0][1]["judged"]["steps"]
+        line = Line(row.name, calls, float(ground.mean() + np.mean(gaps)), mean(np.mean(gaps, 0)))
         line.by_seed = [float(gap.mean()) for gap in gaps]
         line.error = float(np.mean(errors)) if errors else None
         line.shares = [e / reference for e in errors] if reference else []
         assert line.over is not None
-        line.verdict, line.why = decide(line.over, line.shares, len(gaps))
+        line.verdict, why = decide(line.over, line.shares, len(gaps), len(ground), reference is not None)
+        old = earlier([result for _, result in found[row.name]], jobs[row.name])
+        line.why = "; ".join(filter(None, (why, *failures(row), *old)))
         words: dict[str, Word] = {"matches": "learning", "does not match": "not learning", "open": "open"}
-        row.verdict = words[line.verdict]
-        told = line.why or "as the guided teacher, at half the calls"
-        row.why = "; ".join((told, *failures(row), *earlier([r for _, r in found[row.name]], jobs[row.name])))
+        row.verdict, row.why = words[line.verdict], line.why or "as the guided teacher, at half the calls"
         lines.append(line)
     return GuidedReport(lines, troubles)
 

@@ -78,6 +78,12 @@ def add_embedding(unet: UNet2DConditionModel, width: int) -> None:
     unet.register_to_config(time_cond_proj_dim=width)
 
 
+def remove_embedding(unet: UNet2DConditionModel) -> None:
+    """Takes away what `add_embedding` gave, in place."""
+    unet.time_embedding.cond_proj = None
+    unet.register_to_config(time_cond_proj_dim=None)
+
+
 def tell(cond: Cond, w: Tensor, width: int) -> Cond:
     """Conditioning that tells a U-Net guidance w (B,) besides, by its embedding of ``width``."""
     return Cond(cond.embeds, {**cond.added, EMBEDDING: guidance_embedding(w, width)})

@@ -93,13 +93,14 @@ def load_lora(pipeline: DiffusionPipeline, file: Path, adapter: str) -> list[str
     try:
         state, *_ = pipeline.lora_state_dict(str(file), unet_config=pipeline.unet.config, use_safetensors=True)
         mine = convert_unet_state_dict_to_peft(_of_unet(state))
-        if (width := told_width(mine)) and not embedding_width(pipeline.unet):
-            add_embedding(pipeline.unet, width)
-        layers = set(adaptable(pipeline.unet))
+        width = told_width(mine)
+        layers = {*adaptable(pipeline.unet), *([PROJECTION] if width else [])}
         for key in mine:  # one layout has several names for a layer
             layer = key.split(".lora")[0]
             if layer not in layers:
                 raise UserError(f"LoRA '{file}' is for another network: it has a layer {layer} that the U-Net lacks")
+        if width and not embedding_width(pipeline.unet):
+            add_embedding(pipeline.unet, width)
         pipeline.load_lora_weights(str(file), adapter_name=adapter, use_safetensors=True)
     except (ValueError, RuntimeError, KeyError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())[:160]

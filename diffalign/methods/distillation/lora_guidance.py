@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ...data.batch import Batch
     from ...families import Model
 
-STEPS = 25  # that a student is recorded with; any number will do
-
 
 class LoraGuidanceConfig(MethodConfig):
     """Settings of LoRA-enhanced guidance distillation."""
@@ -29,6 +27,8 @@ class LoraGuidanceConfig(MethodConfig):
     guidance_range: tuple[float, float] | None = Field(
         None, description="draw w from this range and tell it to a U-Net with a guidance embedding (time_cond_proj_dim)"
     )
+
+    sampling_steps: int = Field(25, ge=1, description="steps that the student is recorded with; any number will do")
 
     @field_validator("guidance_range")
     @classmethod
@@ -61,7 +61,7 @@ class LoraGuidance(Method[LoraGuidanceConfig]):
 
     def sampling(self, scheduler: Mapping[str, Any]) -> SamplingRecord:
         """Like the base, and without its unconditional branch."""
-        return many_step_record(scheduler, STEPS, self.config.guidance_range, self.config.guidance)
+        return many_step_record(scheduler, self.config.sampling_steps, self.config.guidance_range, self.config.guidance)
 
     def loss(self, ctx: Context, batch: Batch, phase: Phase) -> Loss:
         """``guidance_loss`` on noised pictures."""

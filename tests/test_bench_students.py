@@ -107,7 +107,8 @@ def report_of(results: dict[str, list[dict[str, Any]]], pairs: bool = False) -> 
     rows = [Row(name, "method", GROUP, name) for name in results]
     found = {**made, **beside}
     steps = steps_report(rows, jobs, company, lambda of: found.get(of.result), {})
-    return MethodsReport({"budget": 1, "seeds": [0], "prompts": 2, "overrides": []}, rows, {}, steps)
+    settings = {"budget": 1, "times": {}, "seeds": [0], "prompts": 2, "overrides": []}
+    return MethodsReport(settings, rows, {}, steps)
 
 
 def test_students_stand_beside_teacher_and_ddim() -> None:

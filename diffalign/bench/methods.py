@@ -46,7 +46,7 @@ from .verdict import Kind, Row, fill
 MODEL, DPO = "tiny-sd", "tiny/dpo"
 UNITS_A_PAIR = 8  # of Diffusion-DPO: winner and loser through the student and back, and through the base
 BUDGET = 300 * 16 * UNITS_A_PAIR  # what tiny/dpo's own 300 steps of 16 pairs cost
-# by method: the budget times this. Students whose fake score takes four fifths of the work
+# by method: the budget times this, chosen by hand: a fake score takes most of the work of these students
 TIMES = dict.fromkeys(("dmd", "dmd2", "decoupled_dmd", "f_distill", "sid"), 2)
 SEEDS = (0, 1, 2)
 CONTROLS = {"shuffled": "tiny/dpo with shuffled labels", "sft": "fine-tuning on the chosen pictures"}
